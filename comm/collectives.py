@@ -1,0 +1,159 @@
+"""all_reduce, all_gather, broadcast, barrier: each takes its group.
+
+On an `ordered` group (gloo) the parts are moved as they are and added here, in fp32 and rank order. For inference only:
+no collective has a backward, so a tensor whose gradient would be lost is refused. Limit: ranks that disagree about the
+call (shape, dtype, order) are noticed by the backend at best, or by its time limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from tp_attention.comm.group import TPGroup
+
+ACCUMULATE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.int32: torch.int32,
+    torch.int64: torch.int64,
+}
+SCATTER_BYTES = 256 * 1024  # from here on every rank sums a chunk: two meetings, but 2 tensors sent and not size - 1
+
+
+def all_reduce(x: Tensor, group: TPGroup, *, out: Tensor | None = None) -> Tensor:
+    """Sum of x over the ranks of the group.
+
+    x: any shape, the same on every rank; fp16, bf16, fp32, fp64, int32 or int64. out: where the sum goes, None for a
+    new tensor; x is untouched unless out is x. On an ordered group fp16 and bf16 are summed in fp32 and rounded once.
+
+    Raises ValueError for a wrong device, dtype or out, RuntimeError where a gradient would be lost, and
+    CollectiveError where the transfer fails.
+    """
+    _check(x, group)
+    if x.dtype not in ACCUMULATE:
+        raise ValueError(f"all_reduce cannot sum {x.dtype}; convert it to one of {', '.join(map(str, ACCUMULATE))}")
+    if out is not None and out is not x:
+        _check(out, group)
+        if out.shape != x.shape or out.dtype != x.dtype:
+            raise ValueError(f"out is {out.dtype} {list(out.shape)}, but x is {x.dtype} {list(x.shape)}")
+    if group.size == 1 or x.numel() == 0:
+        total = x
+    else:
+        with group.transfer("all_reduce", x):
+            total = (_ordered_sum if group.ordered else _backend_sum)(x, group)
+    if out is None:
+        return x.clone() if total is x else total
+    return out if out is total else out.copy_(total)
+
+
+def all_gather(x: Tensor, group: TPGroup, *, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
+    """The ranks' tensors joined along dim in rank order: a new, contiguous tensor on every rank.
+
+    x: [..., n, ...], any dtype; n may differ by rank and be 0, the other sizes may not. sizes: n of every rank, where
+    known; None asks them first, a transfer more.
+
+    Raises ValueError for a wrong device or sizes, RuntimeError and CollectiveError like all_reduce.
+    """
+    _check(x, group)
+    if x.dim() == 0:
+        raise ValueError("all_gather joins along a dimension and x has 0; use x.reshape(1)")
+    mine = x.size(dim)
+    with group.transfer("all_gather", x) if group.size > 1 else nullcontext():
+        if sizes is None:
+            sizes = _gather(torch.tensor([mine], device=x.device), group).flatten().tolist()
+        if len(sizes) != group.size or sizes[group.rank] != mine:
+            raise ValueError(f"sizes={list(sizes)}, but rank {group.rank} of {group.size} has x.size({dim})={mine}")
+        shape = list(x.shape)
+        shape[dim] = max(sizes)
+        parts = _gather(_grown(x, dim, max(sizes)), group)
+    return torch.cat([part.view(shape).narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)], dim)
+
+
+def broadcast(x: Tensor, group: TPGroup, src: int = 0) -> Tensor:
+    """Overwrites x with that of rank `src` of the group (not of the world) and returns x.
+
+    x: any shape and dtype, the same on every rank. Raises like all_gather, ValueError also for a src outside the group.
+    """
+    _check(x, group)
+    if not 0 <= src < group.size:
+        raise ValueError(f"src={src} is not a rank of group {group.name}; use 0 to {group.size - 1}")
+    if group.size > 1 and x.numel():
+        flat = x.contiguous()
+        with group.transfer("broadcast", x):
+            group._broadcast(_bytes(flat), src)
+        if flat is not x:
+            x.copy_(flat)
+    return x
+
+
+def barrier(group: TPGroup) -> None:
+    """Returns once every rank of the group has called it."""
+    if group.size > 1:
+        with group.transfer("barrier"):
+            group._barrier()
+
+
+def _ordered_sum(x: Tensor, group: TPGroup) -> Tensor:
+    if group.size == 2 or x.numel() * x.element_size() < SCATTER_BYTES:
+        return _add_up(_gather(x, group), x.dtype).view(x.shape)
+    # Every rank sums one chunk of all tensors, then the chunks are joined: the same additions in the same order.
+    chunk = -(-x.numel() // group.size)
+    sent = _grown(x.reshape(-1), 0, chunk * group.size)
+    parts = torch.empty_like(sent)
+    group._exchange(_bytes(parts), _bytes(sent))
+    summed = _add_up(parts.view(group.size, chunk), x.dtype)
+    return _gather(summed, group).view(-1)[: x.numel()].view(x.shape)
+
+
+def _backend_sum(x: Tensor, group: TPGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    group._sum(total)
+    return total
+
+
+def _add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """[size, n] -> [n], row after row: torch.sum promises no order. Overwrites parts."""
+    first, *rest = parts.unbind(0)
+    total = first.to(ACCUMULATE[dtype])
+    for part in rest:
+        total.add_(part)
+    return total.to(dtype)
+
+
+def _gather(x: Tensor, group: TPGroup) -> Tensor:
+    """[size, numel]: every rank's x, flat."""
+    parts = x.new_empty(group.size, x.numel())
+    if group.size == 1:
+        parts.copy_(x.reshape(1, -1))
+    elif x.numel():
+        group._gather(_bytes(parts), _bytes(x.contiguous()))
+    return parts
+
+
+def _grown(x: Tensor, dim: int, size: int) -> Tensor:
+    """x with `size` entries along dim, the new ones undefined."""
+    if x.size(dim) == size:
+        return x
+    shape = list(x.shape)
+    shape[dim] = size
+    grown = x.new_empty(shape)
+    grown.narrow(dim, 0, x.size(dim)).copy_(x)
+    return grown
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor's memory: gloo does not know every dtype, and moving needs none."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _check(x: Tensor, group: TPGroup) -> None:
+    if x.device != group.device:
+        raise ValueError(f"tensor on {x.device}, but group {group.name} on {group.device}; move one of them")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("collectives have no backward; call them under torch.no_grad() or torch.inference_mode()")

@@ -1,0 +1,152 @@
+"""TPGroup: the ranks that share one model, and the transfers that collectives.py is written on.
+
+A transport other than torch.distributed (MPI, symmetric memory) is a subclass that overrides the underscored
+transfers; argument checks and the order of sums stay in collectives.py. Limit: gloo for CPU tensors, NCCL for CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger("tp_attention")
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+RING_BYTES = 256 * 1024  # a ring takes size - 1 turns but copies nothing; below this size the turns are what costs
+
+
+class CollectiveError(RuntimeError):
+    """A transfer or a meeting of ranks failed, most often because another rank died. Names group, rank and shape."""
+
+
+class TPGroup:
+    """`size` ranks, of which this process is number `rank`, with tensors on `device`.
+
+    Made by `alone`, `from_process_group` or `from_mesh`; `launch.init` makes those of a whole world. `process_group`
+    is None when alone. `ordered`: sums run in fp32 and rank order, the same bits on every rank and in every run.
+    """
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device, *, name: str, backend: str, ordered: bool = True
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.name, self.backend, self.ordered = name, backend, ordered
+        self.process_group: Any = None  # dist.ProcessGroup; None when alone or destroyed
+        self._owned = False
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> TPGroup:
+        """The group of one rank: collectives return at once and there is no process group."""
+        return cls(0, 1, _indexed(torch.device(device)), name="alone", backend="none")
+
+    @classmethod
+    def from_process_group(
+        cls,
+        process_group: dist.ProcessGroup,
+        device: torch.device | str | None = None,
+        *,
+        name: str | None = None,
+        owned: bool = False,
+    ) -> TPGroup:
+        """Wraps a torch process group: gloo for CPU tensors, NCCL for CUDA tensors, or one that has both.
+
+        device: None is this process's current CUDA device where the group has NCCL, else the CPU. owned: destroy()
+        destroys the process group too. Raises ValueError where this process is no member or the backend does not fit.
+        """
+        rank = dist.get_rank(process_group)
+        if rank < 0:
+            raise ValueError("this process is not a member of the process group; only its ranks can wrap it")
+        # "cuda:nccl", "cpu:gloo,cuda:gloo", "cpu:gloo,cuda:nccl": what moves tensors of each device type
+        backends = dict(item.split(":") for item in dist.get_backend_config(process_group).split(","))
+        if device is None:
+            device = "cuda" if backends.get("cuda") == "nccl" and torch.cuda.is_available() else "cpu"
+        device = _indexed(torch.device(device))
+        backend = BACKENDS.get(device.type)
+        if backend is None or backends.get(device.type) != backend:
+            raise ValueError(f"backends {backends} of the process group cannot serve {device}; use gloo on cpu, nccl on cuda")
+        size = dist.get_world_size(process_group)
+        name = name or process_group.group_desc or process_group.group_name
+        group = cls(rank, size, device, name=name, backend=backend, ordered=backend == "gloo")
+        group.process_group, group._owned = process_group, owned
+        if not group.ordered and rank == 0 and size > 1:
+            log.info("group %s: sums over %d ranks are in NCCL's own order, not in rank order", name, size)
+        return group
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, dim: str | int) -> TPGroup:
+        """The ranks with which this process shares one dimension of a DeviceMesh, given by name or index."""
+        return cls.from_process_group(mesh.get_group(dim), mesh.device_type, name=f"mesh {dim}")
+
+    def destroy(self) -> None:
+        """Gives back what this group owns. Safe to call twice, and after the default process group is gone."""
+        process_group, self.process_group = self.process_group, None
+        if self._owned and process_group is not None and dist.is_initialized():
+            with suppress(ValueError):  # it went with an earlier default group, and this is another
+                dist.destroy_process_group(process_group)
+
+    def __enter__(self) -> TPGroup:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()
+
+    def __repr__(self) -> str:
+        return f"TPGroup({self.name}: rank {self.rank} of {self.size} on {self.device}, {self.backend})"
+
+    @contextmanager
+    def transfer(self, operation: str, x: Tensor | None = None) -> Iterator[None]:
+        """Turns a failure of the transport into a CollectiveError that says whose and in what."""
+        if self.process_group is None:
+            raise RuntimeError(f"{operation} on the destroyed group {self.name}; make a new World or TPGroup")
+        try:
+            yield
+        except RuntimeError as error:
+            what = operation if x is None else f"{operation} of {x.dtype} {list(x.shape)}"
+            whose = f"rank {self.rank} of {self.size} of group {self.name}"
+            raise CollectiveError(f"{what} failed on {whose}: {error}") from error
+
+    # Transfers, for contiguous tensors, size > 1 and inside `transfer`. Methods of the process group itself: the
+    # functions of torch.distributed add 20-60 us of checks a call, and the name of the gather differs by version.
+
+    def _gather(self, out: Tensor, part: Tensor) -> None:
+        """out [size * n] <- part [n] of every rank, bytes."""
+        if self.backend == "gloo" and self.size > 2 and part.numel() < RING_BYTES:
+            self._exchange(out, part.repeat(self.size))
+        else:
+            self.process_group._allgather_base(out, part).wait()
+
+    def _exchange(self, out: Tensor, parts: Tensor) -> None:
+        """out [size * n] <- chunk `rank` of every rank's parts [size * n], bytes."""
+        self.process_group.alltoall_base(out, parts, [], []).wait()
+
+    def _sum(self, x: Tensor) -> None:
+        """x <- sum over the ranks, in the backend's own order."""
+        self.process_group.allreduce([x]).wait()
+
+    def _broadcast(self, x: Tensor, src: int) -> None:
+        dist.broadcast(x, group=self.process_group, group_src=src)
+
+    def _barrier(self) -> None:
+        dist.barrier(self.process_group, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def echoes_peer(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone, so that it is not where the trouble began."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, CollectiveError | dist.DistError) or "closed by peer" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:<current>`, so that a group's device equals its tensors' devices."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

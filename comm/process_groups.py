@@ -1,0 +1,126 @@
+"""Makes and unmakes torch process groups for launch, which decides what world this is and on which device."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from tp_attention.comm.group import BACKENDS, CollectiveError, TPGroup
+
+
+def initialised() -> bool:
+    """Whether this process has a default process group."""
+    return dist.is_initialized()
+
+
+def default_place() -> tuple[int, int]:
+    """(rank, size) in the default process group."""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def default_device_type() -> str:
+    """"cuda" where the default process group has NCCL, "cpu" elsewhere."""
+    return "cuda" if "cuda:nccl" in dist.get_backend_config() and torch.cuda.is_available() else "cpu"
+
+
+def initialise(
+    rank: int, size: int, device: torch.device, *, address: str, port: int, hosted: bool, plan: str, timeout: float
+) -> None:
+    """Makes the default process group.
+
+    hosted: the launcher runs a store at address:port; otherwise rank 0 does, until its process ends. plan: what all
+    ranks must have decided alike. timeout: seconds for meeting and for every later collective.
+
+    Raises ValueError where plans differ and CollectiveError where the ranks do not meet in time.
+    """
+    limit = timedelta(seconds=timeout)
+    try:
+        if rank == 0 and not hosted:
+            store = _store_on(address, port)
+        else:
+            store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
+        store.set_timeout(limit)
+        # A rank's n-th default group meets the others' n-th; under an old prefix it would find stale addresses.
+        turn = store.add(f"tp_attention/turns/{rank}", 1)
+        prefixed = dist.PrefixStore(f"tp_attention/{turn}", store)
+        if rank == 0:
+            prefixed.set("plan", plan)
+        elif (first := prefixed.get("plan").decode()) != plan:
+            raise ValueError(f"rank {rank} wants {plan}, but rank 0 wants {first}; all ranks must want the same")
+        dist.init_process_group(
+            BACKENDS[device.type],
+            store=prefixed,
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CollectiveError(
+            f"rank {rank} of {size} did not meet the others at {address}:{port} within {timeout:g} s: {reason}"
+        ) from error
+
+
+def destroy() -> None:
+    """Unmakes the default process group and with it all others, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_tp(tp: int, size: int) -> None:
+    """Raises ValueError where a world of `size` ranks does not divide into models of `tp` ranks."""
+    if tp < 1 or size % tp:
+        legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(f"tp={tp} does not divide the world of {size} ranks; use tp = {legal}")
+
+
+def make_mesh(tp: int, rank: int, size: int, device: torch.device, timeout: float) -> tuple[TPGroup, TPGroup]:
+    """This rank's tp and dp groups in the mesh rank = dp_rank * tp + tp_rank. Every rank of the world must call it."""
+    check_tp(tp, size)
+    mine: dict[str, TPGroup] = {}
+    rows = [("tp", list(range(first, first + tp))) for first in range(0, size, tp)]
+    columns = [("dp", list(range(first, size, tp))) for first in range(tp)]
+    for kind, ranks in rows + columns:  # every rank makes every group, in this order
+        process_group = None
+        if len(ranks) > 1:
+            process_group = dist.new_group(ranks, timedelta(seconds=timeout), BACKENDS[device.type])
+        if rank in ranks:
+            mine[kind] = (
+                TPGroup.from_process_group(process_group, device, name=f"{kind} {ranks}", owned=True)
+                if process_group
+                else TPGroup.alone(device)
+            )
+    return mine["tp"], mine["dp"]
+
+
+def exchange(key: str, value: bytes, timeout: float) -> list[bytes]:
+    """Every rank's value under a key that is used once, through the default group's store: works where groups broke.
+
+    Raises TimeoutError naming the ranks that did not come.
+    """
+    store = dist.PrefixStore(key, dist.distributed_c10d._get_default_store())
+    rank, size = default_place()
+    keys = [str(r) for r in range(size)]
+    store.set(keys[rank], value)  # type: ignore[arg-type]  # the stub forgets bytes
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        missing = [r for r in range(size) if not store.check([keys[r]])]
+        raise TimeoutError(f"ranks {missing} of {size} did not come to {key} within {timeout:g} s") from error
+    return [store.get(k) for k in keys]
+
+
+def host_store(listener: socket.socket) -> dist.TCPStore:
+    """A store on a socket that listens already, so that nobody can take its port in between. Takes the socket over."""
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+@functools.cache  # for the life of the process: a second default group could not listen on the same port at once
+def _store_on(address: str, port: int) -> dist.TCPStore:
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)

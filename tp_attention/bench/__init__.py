@@ -1,0 +1,1 @@
+"""Benchmarks: correctness asserted first, then our numbers and the peers' in the same run."""

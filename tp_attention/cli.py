@@ -1,0 +1,142 @@
+"""`tp-attention`: the command line.
+
+Each command parses, then runs one function on every rank: the launcher's ranks when a launcher started us, our own
+otherwise. Bad input ends in one line on standard error and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tensor-parallel attention: run, inspect, measure.")
+
+Model = Annotated[str, typer.Option(help="A bundled model (smollm2, minilm) or a local Hugging Face folder.")]
+TP = Annotated[int | None, typer.Option(help="Ranks. Default: the launcher's ranks, or 1 without a launcher.")]
+DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")]
+Check = Annotated[bool, typer.Option("--check", help="Compare with the unsharded Hugging Face model.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but the result: no bars, no tables.")]
+
+
+@app.command()
+def generate(
+    model: Model = "smollm2",
+    tp: TP = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue. Default: standard input.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: DType = None,
+    check: Check = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a prompt with a causal language model, its attention and MLP sharded over ranks."""
+    from tp_attention.models import jobs
+    from tp_attention.models.generation import Sampling
+
+    sampling = Sampling(temperature, top_p, seed)
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text:
+        raise ValueError("the prompt is empty; pass --prompt or text on standard input")
+    job = jobs.Job(_folder(model), tp, _dtype(dtype), check, quiet)
+    _on_ranks(tp, jobs.generate, job, text, max_new_tokens, sampling)
+
+
+@app.command()
+def embed(
+    texts: Annotated[list[str], typer.Argument(help="Texts to compare.")],
+    model: Model = "minilm",
+    tp: TP = None,
+    dtype: DType = None,
+    check: Check = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print how similar texts are, by a sentence encoder with its attention and MLP sharded over ranks."""
+    from tp_attention.models import jobs
+
+    _on_ranks(tp, jobs.embed_texts, jobs.Job(_folder(model), tp, _dtype(dtype), check, quiet), texts)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed here and what will therefore be used."""
+    from tp_attention.doctor import show
+
+    show()
+
+
+@app.command()
+def bench(
+    rows: Annotated[list[str] | None, typer.Option(help="Rows whose names contain this; repeatable.")] = None,
+    peers: Annotated[list[str] | None, typer.Option(help="Peers to run beside us; repeatable. Default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = Path("benchmarks"),
+) -> None:
+    """Measure, beside the peers, in one run; every row is appended to a CSV file as it is done."""
+    import torch
+
+    from tp_attention.bench import generation
+    from tp_attention.bench.results import append
+
+    known = list(generation.PROMPTS)
+    chosen = [name for name in known if rows is None or any(part in name for part in rows)]
+    if not chosen:
+        raise ValueError(f"no row matches {rows}; known: {', '.join(known)}")
+    if unknown := set(peers or ()) - set(generation.PEERS):
+        raise ValueError(f"unknown peers {sorted(unknown)}; known: {', '.join(generation.PEERS)}")
+    device = torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
+    for measured in generation.measure(chosen, generation.PEERS if peers is None else peers, device):
+        append(out / "generation.csv", measured)
+        for row in measured:
+            print(row, flush=True)
+
+
+def _on_ranks(tp: int | None, job: Callable[..., Any], *args: Any) -> None:
+    """Run `job` on every rank: in this process under a launcher or alone, on spawned ranks otherwise."""
+    from tp_attention import launch
+
+    if tp is not None and tp < 1:
+        raise ValueError(f"--tp {tp} must be at least 1")
+    if launch.launched() or tp in (None, 1):
+        job(*args)
+    else:
+        launch.spawn(job, tp, *args, threads=max(1, (os.cpu_count() or 1) // tp))
+
+
+def _folder(model: str) -> Path:
+    """The model's folder. A conversion runs in a process of its own: ranks fork from this one, which must stay idle."""
+    from tp_attention import launch
+    from tp_attention.models import resolve
+
+    return resolve(model) if launch.launched() else launch.spawn(resolve, 1, model)[0]
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = ("float32", "float16", "bfloat16")
+    if name is not None and name not in known:
+        raise ValueError(f"--dtype {name} is not known; use one of {', '.join(known)}")
+    return None if name is None else getattr(torch, name)
+
+
+def main() -> None:
+    """Entry point: `app`, with expected errors as one line."""
+    from tp_attention.launch import RankError
+
+    try:
+        app()
+    except RankError as error:
+        expected = error.cause_type == "ValueError"
+        sys.exit(f"error: {error.cause_message}" if expected else f"error: {error}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
