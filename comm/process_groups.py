@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -22,48 +24,56 @@ def default_place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def default_device_type() -> str:
-    """"cuda" where the default process group has NCCL, "cpu" elsewhere."""
-    return "cuda" if "cuda:nccl" in dist.get_backend_config() and torch.cuda.is_available() else "cpu"
+def default_device() -> torch.device:
+    """What the default process group serves: this process's current GPU where it has NCCL, else the CPU."""
+    has_nccl = "cuda:nccl" in dist.get_backend_config() and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if has_nccl else torch.device("cpu")
 
 
-def initialise(
-    rank: int, size: int, device: torch.device, *, address: str, port: int, hosted: bool, plan: str, timeout: float
-) -> None:
-    """Makes the default process group.
+def connect(rank: int, size: int, address: str, port: int, *, hosted: bool, timeout: float) -> dist.Store:
+    """The store at which the ranks meet. hosted: the launcher runs it; otherwise rank 0 does, until its process ends.
 
-    hosted: the launcher runs a store at address:port; otherwise rank 0 does, until its process ends. plan: what all
-    ranks must have decided alike. timeout: seconds for meeting and for every later collective.
-
-    Raises ValueError where plans differ and CollectiveError where the ranks do not meet in time.
+    Raises CollectiveError where none answers in time.
     """
     limit = timedelta(seconds=timeout)
-    try:
+    with _meeting(rank, size, timeout):
         if rank == 0 and not hosted:
             store = _store_on(address, port)
         else:
             store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
         store.set_timeout(limit)
-        # A rank's n-th default group meets the others' n-th; under an old prefix it would find stale addresses.
+        # A rank's n-th world meets the others' n-th: under an older prefix it would find stale addresses.
         turn = store.add(f"tp_attention/turns/{rank}", 1)
-        prefixed = dist.PrefixStore(f"tp_attention/{turn}", store)
+    return dist.PrefixStore(f"tp_attention/{turn}", store)
+
+
+def initialise(rank: int, size: int, device: torch.device, store: dist.Store, *, plan: str, timeout: float) -> None:
+    """Makes the default process group. plan: what all ranks must have decided alike.
+
+    Raises ValueError where a rank's plan is not rank 0's, and CollectiveError where the ranks do not meet in time.
+    """
+    with _meeting(rank, size, timeout):
         if rank == 0:
-            prefixed.set("plan", plan)
-        elif (first := prefixed.get("plan").decode()) != plan:
+            store.set("plan", plan)
+        elif (first := store.get("plan").decode()) != plan:
             raise ValueError(f"rank {rank} wants {plan}, but rank 0 wants {first}; all ranks must want the same")
         dist.init_process_group(
             BACKENDS[device.type],
-            store=prefixed,
+            store=store,
             rank=rank,
             world_size=size,
-            timeout=limit,
+            timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
+
+
+@contextmanager
+def _meeting(rank: int, size: int, timeout: float) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise CollectiveError(
-            f"rank {rank} of {size} did not meet the others at {address}:{port} within {timeout:g} s: {reason}"
-        ) from error
+        raise CollectiveError(f"rank {rank} of {size} did not meet the others in {timeout:g} s: {reason}") from error
 
 
 def destroy() -> None:

@@ -35,7 +35,8 @@ class Failure:
             name = signal.Signals(-exit_code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return cls(rank, name, f"killed by {name}{hint}", time.monotonic(), exit_code=exit_code)
-        return cls(rank, "exit", f"exited with code {exit_code} before it returned", time.monotonic(), exit_code=exit_code)
+        text = f"exited with code {exit_code} before it returned"
+        return cls(rank, "exit", text, time.monotonic(), exit_code=exit_code)
 
 
 class RankError(RuntimeError):

@@ -53,20 +53,21 @@ def spawn(
     start_method = start_method or ("spawn" if threads > 1 or _cuda_was_used() else "fork")
     if start_method not in ("fork", "spawn"):
         raise ValueError(f"start_method={start_method!r} is not known; use 'fork', 'spawn' or None")
-    deadline = time.monotonic() + timeout if timeout is not None else None
+    deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
     listener = socket.create_server(("127.0.0.1", 0), backlog=ranks + 128)
+    port = listener.getsockname()[1]
     started: list[tuple[BaseProcess, Connection]] = []
     patience = 0.0
     try:
         for rank in range(ranks):
-            place = Environment("torchrun", rank, ranks, rank, ranks, "127.0.0.1", listener.getsockname()[1], hosted=True)
+            place = Environment("torchrun", rank, ranks, rank, ranks, "127.0.0.1", port, hosted=True)
             started.append(_start(start_method, place, threads, fn, args))
-        store = groups.host_store(listener)  # after the forks, which its thread would not survive
+        _store = groups.host_store(listener)  # after the forks, which its thread would not survive
         results, failures = _collect(started, deadline)
         if failures:
             raise RankError(failures, ranks)
         if running := [rank for rank in range(ranks) if rank not in results]:
-            raise TimeoutError(f"ranks {running} of {ranks} still running after {timeout:g} s")
+            raise TimeoutError(f"ranks {running} of {ranks} still running after {timeout} s")
         patience = PATIENCE
         return [results[rank] for rank in range(ranks)]
     finally:
@@ -88,18 +89,14 @@ def _start(method: str, place: Environment, threads: int, fn: Any, args: Any) ->
     return process, ours
 
 
-def _collect(
-    started: list[tuple[BaseProcess, Connection]], deadline: float | None
-) -> tuple[dict[int, Any], list[Failure]]:
-    """Return values by rank, and failures. Returns when all ranks are done, the deadline is past, or one failed."""
+def _collect(started: list[tuple[BaseProcess, Connection]], deadline: float) -> tuple[dict[int, Any], list[Failure]]:
+    """Return values by rank, and failures. Ends with the last rank, at the deadline, or soon after a failure."""
     results: dict[int, Any] = {}
     failures: list[Failure] = []
     running = dict(enumerate(started))
-    while running:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            break
-        wait([thing for process, pipe in running.values() for thing in (pipe, process.sentinel)], left)
+    while running and (left := deadline - time.monotonic()) > 0:
+        events = [event for process, pipe in running.values() for event in (pipe, process.sentinel)]
+        wait(events, min(left, 3600.0))
         for rank, (process, pipe) in list(running.items()):
             ended = process.exitcode is not None  # asked first: what it wrote before it ended is then there to read
             if not ended and not pipe.poll():
@@ -113,8 +110,8 @@ def _collect(
                 failures.append(outcome)
             else:
                 (results[rank],) = outcome
-        if failures and len(failures) == 1:
-            deadline = min(deadline or float("inf"), time.monotonic() + GRACE)
+        if failures:
+            deadline = min(deadline, time.monotonic() + GRACE)
     return results, failures
 
 
@@ -175,5 +172,4 @@ def _rank_main(place: Environment, parent: int, pipe: Connection, threads: int, 
         message = pickle.dumps((fn(*args),))
     except BaseException as error:
         message = pickle.dumps(Failure.of_exception(place.rank, error))
-    sys.stdout.flush()
     pipe.send_bytes(message)

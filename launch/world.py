@@ -73,21 +73,12 @@ def init(tp: int | None = None, *, device: torch.device | str | None = None, tim
     tp = size if tp is None else tp
     groups.check_tp(tp, size)
     if joins and device is None:
-        device = groups.default_device_type()
+        device = groups.default_device()
     chosen = _pick_device(device, place.local_rank, place.local_size)
     owner = size > 1 and not joins
     if owner:
-        plan = f"{chosen.type} and tp={tp}"
-        groups.initialise(
-            rank,
-            size,
-            chosen,
-            address=place.address,
-            port=place.port,
-            hosted=place.hosted,
-            plan=plan,
-            timeout=timeout,
-        )
+        store = groups.connect(rank, size, place.address, place.port, hosted=place.hosted, timeout=timeout)
+        groups.initialise(rank, size, chosen, store, plan=f"{chosen.type} and tp={tp}", timeout=timeout)
     try:
         tp_group, dp_group = groups.make_mesh(tp, rank, size, chosen, timeout)
     except BaseException:
@@ -104,7 +95,7 @@ def _pick_device(device: torch.device | str | None, local_rank: int, local_size:
     if device is None:
         device = "cuda" if gpus >= local_size else "cpu"
         if 0 < gpus < local_size and local_rank == 0:
-            log.warning("%d GPUs are too few for %d ranks on this host: they run on the CPU, with gloo", gpus, local_size)
+            log.warning("%d GPUs are too few for the %d ranks of this host: all run on the CPU", gpus, local_size)
     device = torch.device(device)
     if device.type == "cuda":
         if gpus < local_size:

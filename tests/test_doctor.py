@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tp_attention import doctor
 from tp_attention.doctor import Answer
+from tp_attention.models.folders import BUNDLED
 
 TOPICS = ["Python", "torch", "GPUs", "links", "triton", "NCCL", "gloo", "symmetric memory", "MPI", "DeepSpeed"]
 TOPICS += ["transformers", "launcher", "models"]
@@ -89,5 +90,4 @@ def test_launcher_in_the_environment(monkeypatch):
 
 
 def test_weights_are_those_that_models_knows():
-    resolve = pytest.importorskip("tp_attention.models.resolve", reason="needs the extra [models]")
-    assert {name: model.distribution for name, model in resolve.BUNDLED.items()} == doctor.WEIGHTS
+    assert {name: model.requirement for name, model in BUNDLED.items()} == doctor.WEIGHTS

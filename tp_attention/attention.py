@@ -36,6 +36,8 @@ class TPSelfAttention(nn.Module):
     Raises ValueError when the group has more ranks than the layer has heads.
     """
 
+    alibi_slopes: Tensor | None
+
     def __init__(
         self, config: AttentionConfig, group: TPGroup | None = None, *, device: torch.device | str | None = None
     ) -> None:
@@ -46,23 +48,21 @@ class TPSelfAttention(nn.Module):
         rank = self.group.rank
         device = self.group.device if device is None else device
 
-        def weight(*shape: int, wanted: object = True) -> nn.Parameter | None:
-            tensor = torch.empty(shape, dtype=config.dtype, device=device)
-            return nn.Parameter(tensor, requires_grad=False) if wanted else None
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=config.dtype, device=device), requires_grad=False)
 
         rows, local_heads, hidden = self.plan.qkv_rows(rank), self.plan.local_heads(rank), config.hidden_size
-        self.norm_weight = weight(hidden, wanted=config.norm)
-        self.norm_bias = weight(hidden, wanted=config.norm == "layernorm")
+        self.norm_weight = weight(hidden) if config.norm else None
+        self.norm_bias = weight(hidden) if config.norm == "layernorm" else None
         self.qkv_weight = weight(rows, hidden)
-        self.qkv_bias = weight(rows, wanted=config.qkv_bias)
-        self.q_norm_weight = weight(config.head_dim, wanted=config.qk_norm)
-        self.k_norm_weight = weight(config.head_dim, wanted=config.qk_norm)
-        self.sinks = weight(local_heads, wanted=config.sinks)
+        self.qkv_bias = weight(rows) if config.qkv_bias else None
+        self.q_norm_weight = weight(config.head_dim) if config.qk_norm else None
+        self.k_norm_weight = weight(config.head_dim) if config.qk_norm else None
+        self.sinks = weight(local_heads) if config.sinks else None
         self.out_weight = weight(hidden, local_heads * config.head_dim)
-        self.out_bias = weight(hidden, wanted=config.out_bias)
-        heads = slice(*self.plan.q_heads(rank))
-        slopes = alibi_slopes(config.heads)[heads].to(device) if config.alibi else None
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
+        self.out_bias = weight(hidden) if config.out_bias else None
+        slopes = alibi_slopes(config.heads)[slice(*self.plan.q_heads(rank))].to(self.group.device)
+        self.register_buffer("alibi_slopes", slopes if config.alibi else None, persistent=False)
 
         self.rotary = None if config.rope is None else RotaryEmbedding(config.rope, config.head_dim)
         self.qkv = QKVGemmOp(config, self.plan, rank)

@@ -44,7 +44,7 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise ValueError("the prompt is empty; pass --prompt or text on standard input")
-    job = jobs.Job(_folder(model), tp, _dtype(dtype), check, quiet)
+    job = jobs.Job(model, _folder(model), tp, _dtype(dtype), check, quiet)
     _on_ranks(tp, jobs.generate, job, text, max_new_tokens, sampling)
 
 
@@ -60,7 +60,7 @@ def embed(
     """Print how similar texts are, by a sentence encoder with its attention and MLP sharded over ranks."""
     from tp_attention.models import jobs
 
-    _on_ranks(tp, jobs.embed_texts, jobs.Job(_folder(model), tp, _dtype(dtype), check, quiet), texts)
+    _on_ranks(tp, jobs.embed_texts, jobs.Job(model, _folder(model), tp, _dtype(dtype), check, quiet), texts)
 
 
 @app.command()

@@ -48,7 +48,7 @@ class RopeScaling:
             )
         if self.kind == "longrope" and len(self.short_factor) != len(self.long_factor):
             raise ValueError(
-                f"longrope needs as many short factors ({len(self.short_factor)}) as long ones ({len(self.long_factor)})"
+                f"longrope has {len(self.short_factor)} short and {len(self.long_factor)} long factors; give as many of both"
             )
 
 

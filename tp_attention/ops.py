@@ -35,7 +35,7 @@ class QKVGemmOp:
         k_norm_weight: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, E], weight [(local_heads + 2·local_kv_heads)·D, E] = [q; k; v], norm weights [E], q/k norm weights [D].
+        """x [B, T, E], weight [(local_heads + 2·local_kv_heads)·D, E] = [q; k; v], norm weights [E], q/k norms [D].
 
         rope: cos and sin [B or 1, T, rotary_dim / 2].
         Returns q [B, T, local_heads, D] and k, v [B, T, local_kv_heads, D].
@@ -97,7 +97,7 @@ class SoftmaxContextOp:
 
 
 class LinearOp:
-    """y = x @ weightᵀ (+ bias): row parallel where x and weight hold this rank's columns, and y is then a partial sum."""
+    """y = x @ weightᵀ (+ bias); a partial sum where x and weight hold this rank's columns (row parallel)."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in], weight [out, in], bias [out] -> [..., out]."""

@@ -136,7 +136,7 @@ def self_attention(
 
     weights: q_weight [heads·D, E], k_weight and v_weight [kv_heads·D, E], out_weight [E, heads·D], and where the layer
     has them q_bias, k_bias, v_bias and out_bias, norm_weight and norm_bias [E], q_norm_weight and k_norm_weight [D],
-    sinks [heads]. rope: cos and sin [B or 1, T, n]. keywords: causal, window, mask, alibi_slopes, softcap, scale of `attention`.
+    sinks [heads]. rope: cos and sin [B or 1, T, n]. keywords: those of `attention`.
     """
     normed = x if norm is None else _norm(x, weights.get("norm_weight"), weights.get("norm_bias"), norm, norm_eps)
 

@@ -84,7 +84,7 @@ def _longrope(theta: float, exponents: Tensor, scaling: RopeScaling, seq_len: in
 
 
 class RotaryEmbedding:
-    """cos and sin of one RopeConfig; frequencies are computed once per device where they do not depend on the length."""
+    """cos and sin of one RopeConfig; frequencies are kept per device where they do not depend on the length."""
 
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         self.rope, self.head_dim = rope, head_dim

@@ -16,10 +16,10 @@ from transformers import (
 
 from tp_attention.models import resolve
 
-# Odd on purpose: 9 query heads over 3 kv heads, head_dim no quotient, an MLP that is no multiple of 16, a prime vocabulary.
+# Odd on purpose: 9 query heads over 3 kv heads, head_dim no quotient, an MLP of no whole units, a prime vocabulary.
 COMMON = {
     "vocab_size": 131,
-    "hidden_size": 40,
+    "hidden_size": 36,
     "intermediate_size": 53,
     "num_hidden_layers": 2,
     "num_attention_heads": 9,

@@ -27,14 +27,15 @@ def assert_equal(actual, expected):
 
 def run_causal(world, folder):
     model = models.load(folder, world.tp)
-    ids, mask = batch()
+    ids, mask = (tensor.to(world.device) for tensor in batch())
     padded = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-    cache = KVCache(model.shard_plan, world.tp.rank, batch=2, max_length=11)
+    cache = KVCache(model.shard_plan, world.tp.rank, batch=2, max_length=11, device=world.device)
     steps = [model(input_ids=ids[:, :7], past_key_values=cache, use_cache=True).logits]
     for column in range(7, 11):
         steps.append(model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits)
     text = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    return padded, torch.cat(steps, 1), text, held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
+    results = padded.cpu(), torch.cat(steps, 1).cpu(), text.cpu()
+    return *results, held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
 
 
 def positions(mask):
@@ -61,9 +62,9 @@ def test_causal_families(family, tiny, world):
 
 def run_bert(world, folder):
     model = models.load(folder, world.tp)
-    ids, mask = batch()
+    ids, mask = (tensor.to(world.device) for tensor in batch())
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return states, held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
+    return states.cpu(), held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
 
 
 def test_bert(tiny, world):
@@ -79,7 +80,11 @@ def test_bert(tiny, world):
 def run_shard_in_place(world, folder):
     ids, _ = batch()
     model = models.shard(AutoModelForCausalLM.from_pretrained(folder), world.tp)
-    return model(input_ids=ids).logits, held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
+    return (
+        model(input_ids=ids.to(world.device)).logits.cpu(),
+        held_bytes(model),
+        model.shard_plan.weight_bytes(world.tp.rank),
+    )
 
 
 def test_shard_in_place_on_a_mesh(tiny, world):
@@ -93,9 +98,9 @@ def test_shard_in_place_on_a_mesh(tiny, world):
 
 
 def run_two_models(world, first, second):
-    ids, _ = batch()
-    a, b = models.load(first, world.tp), models.load(second, TPGroup.alone())
-    return a(input_ids=ids).logits, b(input_ids=ids).logits, a(input_ids=ids).logits
+    ids = batch()[0].to(world.device)
+    a, b = models.load(first, world.tp), models.load(second, TPGroup.alone(world.device))
+    return tuple(model(input_ids=ids).logits.cpu() for model in (a, b, a))
 
 
 def test_two_models_in_one_process(tiny, world):

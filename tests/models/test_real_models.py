@@ -30,11 +30,8 @@ def french(smollm2):
 
 def run_logits(world, folder, ids):
     model = models.load(folder, world.tp)
-    return (
-        model(ids).logits if world.rank == 0 else None,
-        held_bytes(model),
-        model.shard_plan.weight_bytes(world.tp.rank),
-    )
+    logits = model(ids.to(world.device)).logits.cpu()  # on every rank: they compute together
+    return logits if world.rank == 0 else None, held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
 
 
 def check_logits(world, ranks, folder, french):
@@ -80,7 +77,7 @@ def test_smollm2_writes_the_same_64_tokens_at_every_tp(smollm2, world):
 def run_embeddings(world, folder):
     model = models.load(folder, world.tp)
     batch = tokenize(AutoTokenizer.from_pretrained(folder), TEXTS, 512)
-    return embed(model, folder, batch), held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
+    return embed(model, folder, batch).cpu(), held_bytes(model), model.shard_plan.weight_bytes(world.tp.rank)
 
 
 def check_embeddings(world, ranks, folder):

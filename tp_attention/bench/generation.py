@@ -22,7 +22,7 @@ def measure(rows: Collection[str], peers: Collection[str], device: torch.device)
     folder = models.resolve("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = models.load(folder, TPGroup.alone(device))
-    theirs = AutoModelForCausalLM.from_pretrained(folder).to(device).eval() if "huggingface" in peers else None
+    theirs = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     for row in rows:
         ids = torch.tensor([tokenizer(PROMPTS[row])["input_ids"]], device=device)
 
@@ -33,7 +33,7 @@ def measure(rows: Collection[str], peers: Collection[str], device: torch.device)
             output = theirs.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
             return output[0, ids.shape[1] :].tolist()
 
-        runs = {OURS: ours} | ({"huggingface": hugging_face} if theirs is not None else {})
+        runs = {OURS: ours} | ({"huggingface": hugging_face} if "huggingface" in peers else {})
         texts = {who: run() for who, run in runs.items()}  # the warm-up, and the proof
         if any(text != texts[OURS] for text in texts.values()):
             raise RuntimeError(f"{row}: the models write different tokens, so their speeds do not compare: {texts}")

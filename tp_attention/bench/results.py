@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Row:
         )
 
 
-def summarise(row: str, unit: str, samples: dict[str, Sequence[float]], device: torch.device) -> list[Row]:
+def summarise(row: str, unit: str, samples: Mapping[str, Sequence[float]], device: torch.device) -> list[Row]:
     """Rows of one shape: samples of us and of each peer, in units where more is better."""
     ours = statistics.median(samples[OURS])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

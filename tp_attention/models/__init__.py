@@ -4,8 +4,8 @@ model = models.load("path/or/name", world.tp)      # each rank reads only its sl
 models.shard(model, world.tp)                      # or cut a model that is already in memory
 """
 
+from tp_attention.models.folders import resolve
 from tp_attention.models.generation import Sampling, stream
 from tp_attention.models.loading import load, shard
-from tp_attention.models.resolve import resolve
 
 __all__ = ["Sampling", "load", "resolve", "shard", "stream"]

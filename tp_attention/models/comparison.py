@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 from tp_attention.models.embedding import embed
 
@@ -46,8 +49,9 @@ class Comparison:
 
 @torch.inference_mode()
 def compare_logits(folder: Path, ids: Tensor, logits: Tensor, dtype: torch.dtype) -> Comparison:
-    """ids [1, T + n]: prompt and generated tokens; logits [n, vocabulary]: what each generated token was chosen from."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(logits.device).eval()
+    """ids [1, T + n]: prompt and new tokens; logits [n, vocabulary]: what each new token was chosen from."""
+    with _no_bars():
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(logits.device).eval()
     expected = reference(input_ids=ids[:, :-1].to(logits.device), logits_to_keep=len(logits)).logits[0]
     agreeing = int((expected.argmax(-1) == logits.argmax(-1)).sum())
     return _compare("logit", logits, expected, dtype, agreeing, len(logits))
@@ -56,8 +60,21 @@ def compare_logits(folder: Path, ids: Tensor, logits: Tensor, dtype: torch.dtype
 @torch.inference_mode()
 def compare_embeddings(folder: Path, batch: Any, embeddings: Tensor, dtype: torch.dtype) -> Comparison:
     """embeddings [n, E] of a tokenized batch against the unsharded encoder's."""
-    reference = AutoModel.from_pretrained(folder, dtype=dtype).to(embeddings.device).eval()
+    with _no_bars():
+        reference = AutoModel.from_pretrained(folder, dtype=dtype).to(embeddings.device).eval()
     return _compare("embedding", embeddings, embed(reference, folder, batch), dtype)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar of its own for every load, terminal or not."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _compare(

@@ -30,8 +30,9 @@ from tp_attention.sharding import format_range
 
 @dataclass(frozen=True)
 class Job:
-    """What both commands share. folder: the resolved model. tp: None takes all ranks there are."""
+    """What both commands share. name: as the user gave it. folder: where it is. tp: None takes all ranks there are."""
 
+    name: str
     folder: Path
     tp: int | None
     dtype: torch.dtype | None
@@ -109,8 +110,9 @@ def _config(job: Job, command: str) -> PreTrainedConfig:
 def _load(job: Job, config: PreTrainedConfig, group: TPGroup) -> PreTrainedModel:
     expected = policy_for(config).plan(config, group.size, job.dtype or checkpoint_dtype(config))
     columns = (TextColumn("loading rank 0"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    hidden = job.quiet or group.rank != 0
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
+    console = Console(stderr=True)
+    hidden = job.quiet or group.rank != 0 or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("loading", total=expected.weight_bytes(group.rank))
         model = load(job.folder, group, dtype=job.dtype, progress=lambda count: bar.advance(task, count))
     barrier(group)  # a rank that could not load has failed by now: nobody prints half an answer
@@ -124,7 +126,9 @@ def _report(job: Job, model: PreTrainedModel, unit: str, speed: float) -> None:
     measured = all_gather(mine, group, dim=0, sizes=[1] * group.size).tolist()
     if job.quiet or group.rank != 0:
         return
-    table = Table(title=f"{job.folder.name} on {group.size} rank(s), {group.device.type}, {model.dtype}")
+    table = Table(
+        title=f"{job.name}, {group.size} rank{'s' if group.size > 1 else ''}, {group.device.type}, {model.dtype}"
+    )
     for column in ("rank", "query heads", "kv heads", "weight bytes", "as planned", unit):
         table.add_column(column, justify="right")
     for rank, (held, rate) in enumerate(measured):

@@ -19,9 +19,9 @@ from tp_attention.checkpoint.hugging_face import SafetensorsFolder
 from tp_attention.checkpoint.layouts import Layout, Placement
 from tp_attention.comm import TPGroup
 from tp_attention.models.bert import BertPolicy
+from tp_attention.models.folders import resolve
 from tp_attention.models.llama import LlamaPolicy
 from tp_attention.models.policy import Policy
-from tp_attention.models.resolve import resolve
 from tp_attention.sharding import ShardPlan
 
 POLICIES: tuple[Policy, ...] = (LlamaPolicy(), BertPolicy())

@@ -127,10 +127,10 @@ def rope_config(config: PreTrainedConfig) -> RopeConfig:
         trained = config.max_position_embeddings
     names = {"low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"}
     names |= {"beta_fast", "beta_slow"}
-    given = {name: value for name, value in parameters.items() if name in names and value is not None}
-    lists = {name: tuple(parameters[name]) for name in ("short_factor", "long_factor") if name in parameters}
+    given: dict[str, Any] = {name: value for name, value in parameters.items() if name in names and value is not None}
+    given |= {name: tuple(parameters[name]) for name in ("short_factor", "long_factor") if name in parameters}
     factor = parameters.get("factor") or config.max_position_embeddings / trained
-    scaling = RopeScaling(kind=kind, factor=factor, original_max_positions=trained, **given, **lists)
+    scaling = RopeScaling(kind=kind, factor=factor, original_max_positions=trained, **given)
     return RopeConfig(theta=parameters["rope_theta"], dim=dim, scaling=scaling)
 
 
