@@ -125,10 +125,15 @@ def exchange(key: str, value: bytes, timeout: float) -> list[bytes]:
     return [store.get(k) for k in keys]
 
 
-def host_store(listener: socket.socket) -> dist.TCPStore:
-    """A store on a socket that listens already, so that nobody can take its port in between. Takes the socket over."""
-    port = listener.getsockname()[1]
-    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+@contextmanager
+def hosted_store(listener: socket.socket) -> Iterator[None]:
+    """Runs a store on a socket that listens already, so that nobody can take its port in between."""
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+    try:
+        yield
+    finally:
+        del store  # ends its thread now: a traceback that keeps this frame would keep the store
 
 
 @functools.cache  # for the life of the process: a second default group could not listen on the same port at once

@@ -7,6 +7,7 @@ takes its ranks along holds on Linux.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,8 @@ from tp_attention.launch.failure import Failure, RankError
 GRACE = 1.0  # seconds from the first failure seen to the verdict: the one that caused it may be reported later
 PATIENCE = 10.0  # seconds for a rank that has returned to end
 
+Rank = tuple[BaseProcess, Connection]  # and our end of the pipe through which it reports
+
 
 def spawn(
     fn: Callable[..., Any],
@@ -42,28 +45,31 @@ def spawn(
     """Runs fn(*args) in `ranks` processes and returns their return values in rank order.
 
     Inside, launch.init() joins them. timeout: seconds for everything, None for no limit. threads: torch threads of
-    each rank. start_method: None forks (0.1 s) where that is safe: one thread per rank and CUDA untouched here. Else
-    "spawn" (seconds; fn and args are pickled). Return values are pickled.
+    each rank. start_method: None is "fork" (0.1 s) where that is safe: one thread per rank, and in this process CUDA
+    unused and no process group. Else "spawn" (seconds; fn and args are pickled). Return values are pickled.
 
     Raises RankError when a rank raises, exits or is killed, TimeoutError naming the ranks still running; in both cases
     no rank is left.
     """
     if ranks < 1 or threads < 1:
         raise ValueError(f"spawn needs at least one rank and one thread each, got ranks={ranks} and threads={threads}")
-    start_method = start_method or ("spawn" if threads > 1 or _cuda_was_used() else "fork")
-    if start_method not in ("fork", "spawn"):
+    if start_method not in (None, "fork", "spawn"):
         raise ValueError(f"start_method={start_method!r} is not known; use 'fork', 'spawn' or None")
+    if start_method == "fork" and groups.initialised():
+        raise ValueError("a forked rank would take this process's process group for its own; use start_method='spawn'")
+    if start_method is None:
+        start_method = "spawn" if threads > 1 or groups.initialised() or _cuda_was_used() else "fork"
     deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
     listener = socket.create_server(("127.0.0.1", 0), backlog=ranks + 128)
     port = listener.getsockname()[1]
-    started: list[tuple[BaseProcess, Connection]] = []
+    started: list[Rank] = []
     patience = 0.0
     try:
         for rank in range(ranks):
             place = Environment("torchrun", rank, ranks, rank, ranks, "127.0.0.1", port, hosted=True)
             started.append(_start(start_method, place, threads, fn, args))
-        _store = groups.host_store(listener)  # after the forks, which its thread would not survive
-        results, failures = _collect(started, deadline)
+        with groups.hosted_store(listener):  # after the forks, which its thread would not survive
+            results, failures = _collect(started, deadline)
         if failures:
             raise RankError(failures, ranks)
         if running := [rank for rank in range(ranks) if rank not in results]:
@@ -77,19 +83,22 @@ def spawn(
         listener.close()
 
 
-def _start(method: str, place: Environment, threads: int, fn: Any, args: Any) -> tuple[BaseProcess, Connection]:
+def _start(method: str, place: Environment, threads: int, fn: Any, args: Any) -> Rank:
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_rank_main, args=(place, os.getpid(), theirs, threads, fn, args))  # type: ignore
-    with warnings.catch_warnings():
-        # "fork in a multi-threaded process": a rank uses no thread pool of ours, it sets one thread of its own first
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
-    theirs.close()
+    gc.freeze()  # a forked rank must not collect our garbage: destructors would wait for threads that are not there
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: of theirs a rank needs none
+            process.start()
+    finally:
+        gc.unfreeze()
+        theirs.close()
     return process, ours
 
 
-def _collect(started: list[tuple[BaseProcess, Connection]], deadline: float) -> tuple[dict[int, Any], list[Failure]]:
+def _collect(started: list[Rank], deadline: float) -> tuple[dict[int, Any], list[Failure]]:
     """Return values by rank, and failures. Ends with the last rank, at the deadline, or soon after a failure."""
     results: dict[int, Any] = {}
     failures: list[Failure] = []

@@ -61,7 +61,7 @@ class TPSelfAttention(nn.Module):
         self.sinks = weight(local_heads) if config.sinks else None
         self.out_weight = weight(hidden, local_heads * config.head_dim)
         self.out_bias = weight(hidden) if config.out_bias else None
-        slopes = alibi_slopes(config.heads)[slice(*self.plan.q_heads(rank))].to(self.group.device)
+        slopes = alibi_slopes(config.heads, self.group.device)[slice(*self.plan.q_heads(rank))]
         self.register_buffer("alibi_slopes", slopes if config.alibi else None, persistent=False)
 
         self.rotary = None if config.rope is None else RotaryEmbedding(config.rope, config.head_dim)

@@ -48,7 +48,7 @@ class RopeScaling:
             )
         if self.kind == "longrope" and len(self.short_factor) != len(self.long_factor):
             raise ValueError(
-                f"longrope has {len(self.short_factor)} short and {len(self.long_factor)} long factors; give as many of both"
+                f"longrope has {len(self.short_factor)} short and {len(self.long_factor)} long factors; give one each"
             )
 
 

@@ -97,14 +97,14 @@ def empty_rows(bias: Tensor) -> Tensor:
     return ~bias.any(-1, keepdim=True) if bias.dtype == torch.bool else bias.amax(-1, keepdim=True) == -torch.inf
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
     """The standard ALiBi slopes of `heads` heads, fp32 [heads] (arXiv 2108.12409).
 
     A geometric series for a power of two; otherwise that of the power below, then every other term of the one above.
     """
     below = 1 << (heads.bit_length() - 1)
     exponents = [8 * (i + 1) / below for i in range(below)] + [4 * (2 * i + 1) / below for i in range(heads - below)]
-    return torch.tensor([2.0**-exponent for exponent in exponents])
+    return torch.tensor([2.0**-exponent for exponent in exponents], device=device)
 
 
 def _narrow(mask: Tensor, dim: int, span: range) -> Tensor:

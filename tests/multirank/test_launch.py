@@ -1,5 +1,6 @@
 """spawn, init, the environment table and the pytest fixture: that they work, and how they fail."""
 
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ from tp_attention.comm import all_reduce, barrier, process_groups
 from tp_attention.launch import RankError, environment, spawn
 from tp_attention.launch import world as world_module
 from tp_attention.launch.environment import Environment
+
+pytestmark = pytest.mark.skipif(launch.launched(), reason="starts ranks itself; nothing here is for a launcher's")
 
 TORCHRUN = {
     "RANK": "3",
@@ -162,6 +165,22 @@ def test_failing_rank_is_found_and_ends_the_others(how, cause, message, exit_cod
 def test_return_value_that_cannot_be_pickled():
     with pytest.raises(RankError, match=r"rank 0 of 1: .*pickle"):
         spawn(lambda: iter(lambda: 0, 1), 1, timeout=30)
+
+
+class Loop:
+    """Garbage that must be collected where it was made."""
+
+    def __init__(self):
+        self.me, self.home = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.home:
+            os.abort()
+
+
+def test_ranks_do_not_collect_the_parents_garbage():
+    Loop()
+    assert len(spawn(gc.collect, 2, timeout=30)) == 2
 
 
 def stubborn(folder):

@@ -23,6 +23,7 @@ def measure(rows: Collection[str], peers: Collection[str], device: torch.device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = models.load(folder, TPGroup.alone(device))
     theirs = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    theirs.generation_config.eos_token_id = None  # both write NEW_TOKENS tokens, whatever they are
     for row in rows:
         ids = torch.tensor([tokenizer(PROMPTS[row])["input_ids"]], device=device)
 
@@ -30,7 +31,7 @@ def measure(rows: Collection[str], peers: Collection[str], device: torch.device)
             return [token for token, _ in models.stream(model, ids, max_new_tokens=NEW_TOKENS)]
 
         def hugging_face(ids: torch.Tensor = ids) -> list[int]:
-            output = theirs.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+            output = theirs.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
             return output[0, ids.shape[1] :].tolist()
 
         runs = {OURS: ours} | ({"huggingface": hugging_face} if "huggingface" in peers else {})
