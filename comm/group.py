@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _abort_process_group
 
 log = logging.getLogger("tp_attention")
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-RING_BYTES = 256 * 1024  # a ring takes size - 1 turns but copies nothing; below this size the turns are what costs
+RING_BYTES = 256 * 1024  # gloo's gather is a ring of size - 1 turns; for smaller parts the turns are what costs
 
 
 class CollectiveError(RuntimeError):
@@ -84,18 +85,21 @@ class TPGroup:
         """The ranks with which this process shares one dimension of a DeviceMesh, given by name or index."""
         return cls.from_process_group(mesh.get_group(dim), mesh.device_type, name=f"mesh {dim}")
 
-    def destroy(self) -> None:
-        """Gives back what this group owns. Safe to call twice, and after the default process group is gone."""
+    def destroy(self, *, abort: bool = False) -> None:
+        """Gives back what this group owns. Safe to call twice, and after the default process group is gone.
+
+        abort: after an error, when the other ranks may never come: do not wait for them.
+        """
         process_group, self.process_group = self.process_group, None
         if self._owned and process_group is not None and dist.is_initialized():
             with suppress(ValueError):  # it went with an earlier default group, and this is another
-                dist.destroy_process_group(process_group)
+                destroy_process_group(process_group, self.backend, abort)
 
     def __enter__(self) -> TPGroup:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.destroy()
+    def __exit__(self, error_type: object, *_: object) -> None:
+        self.destroy(abort=error_type is not None)
 
     def __repr__(self) -> str:
         return f"TPGroup({self.name}: rank {self.rank} of {self.size} on {self.device}, {self.backend})"
@@ -112,8 +116,8 @@ class TPGroup:
             whose = f"rank {self.rank} of {self.size} of group {self.name}"
             raise CollectiveError(f"{what} failed on {whose}: {error}") from error
 
-    # Transfers, for contiguous tensors, size > 1 and inside `transfer`. Methods of the process group itself: the
-    # functions of torch.distributed add 20-60 us of checks a call, and the name of the gather differs by version.
+    # Transfers, for contiguous tensors, size > 1 and inside `transfer`. Frequent ones use the process group itself: the
+    # functions of torch.distributed add tens of microseconds, and the gather's name there differs by version.
 
     def _gather(self, out: Tensor, part: Tensor) -> None:
         """out [size * n] <- part [n] of every rank."""
@@ -135,6 +139,14 @@ class TPGroup:
 
     def _barrier(self) -> None:
         dist.barrier(self.process_group, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def destroy_process_group(process_group: dist.ProcessGroup | None, backend: str, abort: bool) -> None:
+    """Destroys a process group; None is the default one and with it all others. Only NCCL waits for the other ranks."""
+    if abort and "nccl" in backend:
+        _abort_process_group(process_group)
+    else:
+        dist.destroy_process_group(process_group)
 
 
 def echoes_peer(error: BaseException) -> bool:

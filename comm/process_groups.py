@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tp_attention.comm.group import BACKENDS, CollectiveError, TPGroup
+from tp_attention.comm.group import BACKENDS, CollectiveError, TPGroup, destroy_process_group
 
 
 def initialised() -> bool:
@@ -76,10 +76,10 @@ def _meeting(rank: int, size: int, timeout: float) -> Iterator[None]:
         raise CollectiveError(f"rank {rank} of {size} did not meet the others in {timeout:g} s: {reason}") from error
 
 
-def destroy() -> None:
-    """Unmakes the default process group and with it all others, if there is one."""
+def destroy(*, abort: bool = False) -> None:
+    """Unmakes the default process group and with it all others, if there is one. abort: like TPGroup.destroy."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        destroy_process_group(None, dist.get_backend_config(), abort)
 
 
 def check_tp(tp: int, size: int) -> None:

@@ -32,7 +32,7 @@ class Failure:
     @classmethod
     def of_exit(cls, rank: int, exit_code: int) -> Failure:
         if exit_code < 0:
-            name = signal.Signals(-exit_code).name
+            name = {item.value: item.name for item in signal.Signals}.get(-exit_code, f"signal {-exit_code}")
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return cls(rank, name, f"killed by {name}{hint}", time.monotonic(), exit_code=exit_code)
         text = f"exited with code {exit_code} before it returned"

@@ -16,8 +16,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -29,6 +29,7 @@ from tp_attention.launch.environment import Environment
 from tp_attention.launch.failure import Failure, RankError
 
 GRACE = 1.0  # seconds from the first failure seen to the verdict: the one that caused it may be reported later
+CUDA_ERROR_NOT_INITIALIZED = 3  # what cuInit returns in a fork of a process that has called it
 PATIENCE = 10.0  # seconds for a rank that has returned to end
 
 Rank = tuple[BaseProcess, Connection]  # and our end of the pipe through which it reports
@@ -46,7 +47,8 @@ def spawn(
 
     Inside, launch.init() joins them. timeout: seconds for everything, None for no limit. threads: torch threads of
     each rank. start_method: None is "fork" (0.1 s) where that is safe: one thread per rank, and in this process CUDA
-    unused and no process group. Else "spawn" (seconds; fn and args are pickled). Return values are pickled.
+    unused and no process group. Else "spawn" (seconds; fn and args are pickled). Return values are pickled; a rank's
+    standard input is empty.
 
     Raises RankError when a rank raises, exits or is killed, TimeoutError naming the ranks still running; in both cases
     no rank is left.
@@ -87,14 +89,8 @@ def _start(method: str, place: Environment, threads: int, fn: Any, args: Any) ->
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_rank_main, args=(place, os.getpid(), theirs, threads, fn, args))  # type: ignore
-    gc.freeze()  # a forked rank must not collect our garbage: destructors would wait for threads that are not there
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: of theirs a rank needs none
-            process.start()
-    finally:
-        gc.unfreeze()
-        theirs.close()
+    with theirs, _forking():
+        process.start()
     return process, ours
 
 
@@ -159,13 +155,33 @@ def _signal_group(process: BaseProcess, number: int) -> None:
 
 
 def _cuda_was_used() -> bool:
-    """Whether a forked rank could not use CUDA. Counting GPUs is enough to spoil it, and only a fork can tell."""
+    """Whether a forked rank could not use CUDA. Asking whether there is a GPU is enough, and only a fork can tell.
+
+    The driver is asked beside torch: a library may have initialised it past torch's notice (loading a transformers
+    model does), and no child of this process can use it then.
+    """
     if not torch.backends.cuda.is_built():
         return False
-    pid = os.fork()
-    if pid == 0:
-        os._exit(int(torch.cuda._is_in_bad_fork()))
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver, no GPU
+        return False
+    with _forking():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(int(torch.cuda._is_in_bad_fork() or driver.cuInit(0) == CUDA_ERROR_NOT_INITIALIZED))
     return os.waitpid(pid, 0)[1] != 0
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    gc.freeze()  # a child must not collect our garbage: destructors would wait for threads that it does not have
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: a rank needs none of ours
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def _rank_main(place: Environment, parent: int, pipe: Connection, threads: int, fn: Any, args: Any) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tp_attention.comm import process_groups as groups
 from tp_attention.launch import environment
@@ -36,7 +37,8 @@ def world(request: pytest.FixtureRequest) -> Callable[..., Run]:
 
     def make(n: int, tp: int | None = None, timeout: float = 60) -> Run:
         def run(fn: Callable[..., Any], *args: Any) -> list[Any]:
-            if n == 1:
+            # Not where there are GPUs: once this process has used CUDA, the ranks of later tests could not be forked.
+            if n == 1 and (environment.launched() or not torch.cuda.device_count()):
                 groups.check_tp(tp or 1, 1)
                 with World.alone() as alone:
                     return [fn(alone, *args)]

@@ -37,21 +37,22 @@ class World:
         chosen = _pick_device(device, place.local_rank, place.local_size)
         return cls(0, 1, place.local_rank, chosen, "none", TPGroup.alone(chosen), TPGroup.alone(chosen))
 
-    def close(self) -> None:
+    def close(self, *, abort: bool = False) -> None:
         """Destroys this World's groups and, where init made it, the default process group with all others in it.
 
-        Safe to call twice and, with several Worlds in a process, in any order.
+        Safe to call twice and, with several Worlds in a process, in any order. abort: after an error, when the other
+        ranks may never come: do not wait for them.
         """
-        self.tp.destroy()
-        self.dp.destroy()
+        self.tp.destroy(abort=abort)
+        self.dp.destroy(abort=abort)
         if self._owner:
-            groups.destroy()
+            groups.destroy(abort=abort)
 
     def __enter__(self) -> World:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, error_type: object, *_: object) -> None:
+        self.close(abort=error_type is not None)
 
 
 def init(tp: int | None = None, *, device: torch.device | str | None = None, timeout: float = 120.0) -> World:
@@ -83,7 +84,7 @@ def init(tp: int | None = None, *, device: torch.device | str | None = None, tim
         tp_group, dp_group = groups.make_mesh(tp, rank, size, chosen, timeout)
     except BaseException:
         if owner:
-            groups.destroy()
+            groups.destroy(abort=True)
         raise
     log.info("rank %d of %d on %s, tp=%d, launcher %s", rank, size, chosen, tp, place.launcher)
     return World(rank, size, place.local_rank, chosen, place.launcher, tp_group, dp_group, owner)

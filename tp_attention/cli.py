@@ -105,7 +105,8 @@ def _on_ranks(tp: int | None, job: Callable[..., Any], *args: Any) -> None:
     if launch.launched() or tp in (None, 1):
         job(*args)
     else:
-        launch.spawn(job, tp, *args, threads=max(1, (os.cpu_count() or 1) // tp))
+        # Forked even with several threads each, which is safe from here: this process has started no thread pool.
+        launch.spawn(job, tp, *args, threads=max(1, (os.cpu_count() or 1) // tp), start_method="fork")
 
 
 def _folder(model: str) -> Path:

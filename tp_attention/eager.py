@@ -55,7 +55,8 @@ def attention(
         mask = mask if mask is None or mask.shape[3] == 1 else mask[..., -keys:]
 
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    explicit = softcap is not None or sinks is not None or return_lse or scale <= 0  # flash kernels take scale > 0
+    # torch's GPU flash kernel returns NaN where scale <= 0
+    explicit = softcap is not None or sinks is not None or return_lse or scale <= 0
     additive = alibi_slopes is not None or (mask is not None and mask.dtype != torch.bool)
     wide = torch.promote_types(q.dtype, torch.float32)
     dtype = wide if explicit or _sdpa_needs_wide(q, additive) else q.dtype
@@ -104,6 +105,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) ->
     """torch's attention over one block of rows, q [B, H, t, D], k and v [B, H, s, D] -> [B, H, t, D]."""
     if bias is not None and bias.shape[-1] != k.shape[2]:  # torch's GPU kernels read past a bias of one key for all
         bias = bias.expand(*bias.shape[:-1], k.shape[2]).contiguous()
+    if bias is not None and bias.dtype != torch.bool and q.dtype == torch.float64:  # torch's CPU kernel misreads fp32
+        bias = bias.double()
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     # torch promises nothing about a row that keeps no key, and its backends differ
     return out if bias is None else out.masked_fill(masks.empty_rows(bias), 0)

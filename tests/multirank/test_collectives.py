@@ -1,5 +1,7 @@
 """Collectives at worlds of 1 to 4, against sums and joins computed here from every rank's input."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -225,6 +227,22 @@ def use_two_worlds(world, first):
 @pytest.mark.parametrize("first", ["inner", "other"])
 def test_two_worlds_in_one_process(world, first):
     assert world(2)(use_two_worlds, first) == [[2, 1, 2, 2, 2]] * 2
+
+
+def reduce_with_a_late_rank(world):
+    with launch.init(timeout=1) as impatient:
+        if world.rank:
+            time.sleep(2)
+            return "late"
+        with pytest.raises(CollectiveError, match=r"torch.float32 \[1\] failed on rank 0 of 2 .*Timed out"):
+            all_reduce(torch.ones(1), impatient.tp)
+
+
+def test_time_limit_of_a_collective(world):
+    run = world(2)
+    if torch.cuda.device_count() >= 2:
+        pytest.skip("NCCL's time limit ends the process")
+    assert run(reduce_with_a_late_rank) == [None, "late"]
 
 
 def reduce_with_a_missing_rank(world):
