@@ -48,7 +48,7 @@ def generate(job: Job, prompt: str, max_new_tokens: int, sampling: Sampling) -> 
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
         check_length(config, ids.shape[1], max_new_tokens)
         model = _load(job, config, group)
-        decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # the text as the model wrote it
+        decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # as the model wrote it
         streamer = TextStreamer(tokenizer, skip_prompt=job.quiet, **decoding)
         printing = group.rank == 0
         if printing:
