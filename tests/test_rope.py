@@ -37,7 +37,7 @@ def test_equals_transformers_bit_for_bit(name, length):
     theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
     q, k = torch.randn(1, 3, length, 16), torch.randn(1, 2, length, 16)
     expected = apply_rotary_pos_emb(q, k, *theirs)
-    cos, sin = RotaryEmbedding(rope_config(config), 16)(positions)
+    cos, sin = RotaryEmbedding(rope_config(config, 16), 16)(positions)
     for x, turned in zip((q, k), expected, strict=True):
         ours = apply_rope(x.transpose(1, 2), cos, sin).transpose(1, 2)
         torch.testing.assert_close(ours, turned, atol=2e-6, rtol=0)
@@ -78,4 +78,4 @@ def test_an_unknown_scaling_of_a_hugging_face_config_is_refused():
     config = hugging_face_config("default")
     config.rope_parameters = {"rope_type": "proportional", "rope_theta": 1e4}
     with pytest.raises(ValueError, match="unknown RoPE scaling 'proportional'"):
-        rope_config(config)
+        rope_config(config, 16)

@@ -6,6 +6,7 @@ otherwise. Bad input ends in one line on standard error and exit code 1.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,13 +15,25 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tensor-parallel attention: run, inspect, measure.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 Model = Annotated[str, typer.Option(help="A bundled model (smollm2, minilm) or a local Hugging Face folder.")]
 TP = Annotated[int | None, typer.Option(help="Ranks. Default: the launcher's ranks, or 1 without a launcher.")]
 DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")]
 Check = Annotated[bool, typer.Option("--check", help="Compare with the unsharded Hugging Face model.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but the result: no bars, no tables.")]
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say which paths run, and why no faster one.")
+    ] = False,
+) -> None:
+    """Tensor-parallel attention: run, inspect, measure."""
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("tp_attention").setLevel(logging.INFO)
 
 
 @app.command()

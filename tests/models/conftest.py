@@ -41,7 +41,8 @@ CONFIGS = {
     ),
     "mistral": MistralConfig(**{**COMMON, "num_attention_heads": 4, "num_key_value_heads": 1}, sliding_window=5),
     "qwen2": Qwen2Config(
-        **{**COMMON, "num_hidden_layers": 3}, use_sliding_window=True, sliding_window=4, max_window_layers=1
+        **{name: value for name, value in COMMON.items() if name != "head_dim"},
+        use_sliding_window=True, sliding_window=4, max_window_layers=1,
     ),
     "qwen3": Qwen3Config(**COMMON, rope_parameters=YARN, tie_word_embeddings=True),
     "bert": BertConfig(

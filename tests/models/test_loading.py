@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
 
 from tp_attention import models
 from tp_attention.checkpoint.layouts import LLAMA
+from tp_attention.comm import TPGroup
 from tp_attention.models import folders
 from tp_attention.models.folders import BUNDLED, BundledModel, resolve
 from tp_attention.models.loading import policy_for
@@ -172,3 +173,24 @@ def test_the_converted_model_is_an_ordinary_hugging_face_folder(smollm2):
     assert AutoTokenizer.from_pretrained(smollm2)("Paris")["input_ids"]
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_shard_refuses_before_it_changes_anything(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny["llama"])
+    model.model.layers[1].self_attn.q_proj.register_parameter("lora_A", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"does not know the tensor .*lora_A"):
+        models.shard(model, TPGroup.alone())
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+    masked = BertForMaskedLM(AutoConfig.from_pretrained(tiny["bert"]))
+    with pytest.raises(ValueError, match=r"models\.shard\(model\.bert, group\)"):
+        models.shard(masked, TPGroup.alone())
+
+
+def test_shard_needs_no_architectures_in_the_config():
+    config = AutoConfig.for_model("qwen2", hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+                                  intermediate_size=20, vocab_size=11, num_hidden_layers=1)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        expected = model(ids).logits
+        torch.testing.assert_close(models.shard(model, TPGroup.alone())(ids).logits, expected)

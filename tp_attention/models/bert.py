@@ -19,6 +19,8 @@ from tp_attention.sharding import ShardPlan
 
 
 class BertPolicy(Policy):
+    """The encoder alone: a pooler or another task's head in the checkpoint is left out."""
+
     architectures = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification")
     command = "embed"
     layout = BERT
@@ -56,9 +58,13 @@ class BertPolicy(Policy):
         return BertModel._from_config(config, dtype=dtype, add_pooling_layer=False)
 
     def shard(self, model: PreTrainedModel, plan: ShardPlan, group: TPGroup, dtype: torch.dtype) -> None:
+        if not isinstance(model, BertModel):
+            raise ValueError(
+                f"{type(model).__name__} is more than an encoder; shard that: models.shard(model.bert, group)"
+            )
         config = model.config
         config._attn_implementation = MASKS
-        model.pooler = None  # a head for another task; the encoder's states are what is wanted
+        model.pooler = None
         for layer in model.encoder.layer:
             attention = TPSelfAttention(attention_config(config, dtype), group, device="meta")
             layer.attention = BertAttention(attention, layer.attention.output.LayerNorm)

@@ -71,17 +71,18 @@ def attention_config(config: PreTrainedConfig, layer: int, dtype: torch.dtype) -
     slides = config.sliding_window if getattr(config, "sliding_window", None) else None
     if layer_types is not None and layer_types[layer] != "sliding_attention":
         slides = None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return AttentionConfig(
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         causal=True,
         norm_eps=config.rms_norm_eps,
         qk_norm="rmsnorm" if family == "qwen3" else None,
         qkv_bias=family == "qwen2" or bias,
         out_bias=family != "qwen2" and bias,
-        rope=rope_config(config),
+        rope=rope_config(config, head_dim),
         window=(slides - 1, 0) if slides else None,
         dtype=dtype,
     )

@@ -52,15 +52,15 @@ class StateDict:
         return tensor if dim is None else tensor.narrow(dim, start, stop - start)
 
 
-def policy_for(config: PreTrainedConfig) -> Policy:
-    """The policy of a config's architecture. Raises ValueError naming those that are known."""
-    wanted = config.architectures or ["(none given in config.json)"]
+def policy_for(config: PreTrainedConfig, architecture: str | None = None) -> Policy:
+    """The policy of an architecture, the config's own if None. Raises ValueError naming those that are known."""
+    architecture = architecture or (config.architectures or ["(none given in config.json)"])[0]
     for policy in POLICIES:
-        if wanted[0] in policy.architectures:
+        if architecture in policy.architectures:
             policy.check(config)
             return policy
     known = ", ".join(name for policy in POLICIES for name in policy.architectures)
-    raise ValueError(f"architecture {wanted[0]} is not supported; known: {known}")
+    raise ValueError(f"architecture {architecture} is not supported; known: {known}")
 
 
 def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -100,11 +100,13 @@ def load(
 def shard(model: PreTrainedModel, group: TPGroup) -> PreTrainedModel:
     """Shard a loaded Hugging Face model in place: this rank keeps its slices, in the model's dtype, on group.device.
 
-    Raises ValueError, with the model untouched, when its architecture is unknown or tp does not fit it.
+    Raises ValueError, with the model untouched, when its architecture or a weight is unknown or tp does not fit it.
     """
-    policy, dtype = policy_for(model.config), model.dtype
+    policy, dtype = policy_for(model.config, type(model).__name__), model.dtype
     plan = policy.plan(model.config, group.size, dtype)
     source = StateDict(dict(model.state_dict()))
+    for name in source.names():
+        policy.layout.place(name, plan, group.rank)  # an adapter's weights, say, are refused before anything changes
     with torch.device("meta"):
         policy.shard(model, plan, group, dtype)
     _fill(model, source, policy.layout, plan, group)

@@ -115,11 +115,11 @@ def padding_mask(*, kv_length: int, attention_mask: Tensor | None = None, **requ
     return attention_mask[:, -kv_length:]
 
 
-def rope_config(config: PreTrainedConfig) -> RopeConfig:
+def rope_config(config: PreTrainedConfig, head_dim: int) -> RopeConfig:
     """RopeConfig of a Hugging Face config's `rope_parameters`. Raises ValueError for a scaling that is not known."""
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
-    dim = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     if kind == "default":
         return RopeConfig(theta=parameters["rope_theta"], dim=dim)
     trained = parameters.get("original_max_position_embeddings") or config.max_position_embeddings

@@ -1,0 +1,52 @@
+"""The benchmark runs, asserts equality before it times, and saves its rows."""
+
+import csv
+import sys
+
+import pytest
+import torch
+
+from tp_attention import cli
+from tp_attention.bench import generation
+from tp_attention.bench.results import OURS, append, summarise
+
+
+def test_rows_hold_median_spread_and_ratio(tmp_path):
+    samples = {OURS: [4.0, 1.0, 3.0], "peer": [6.0, 6.0, 6.0]}
+    rows = summarise("shape", "tokens/s", samples, torch.device("cpu"))
+    assert [(row.median, row.least, row.greatest, row.repeats, row.ratio) for row in rows] == [
+        (3.0, 1.0, 4.0, 3, 1.0),
+        (6.0, 6.0, 6.0, 3, 2.0),
+    ]
+    append(tmp_path / "new" / "rows.csv", rows)
+    append(tmp_path / "new" / "rows.csv", rows[:1])
+    with (tmp_path / "new" / "rows.csv").open() as stream:
+        assert [row["who"] for row in csv.DictReader(stream)] == [OURS, "peer", OURS]
+
+
+def test_command_measures_and_saves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "NEW_TOKENS", 2)
+    monkeypatch.setattr(generation, "REPEATS", 1)
+    monkeypatch.setattr(sys, "argv", ["tp-attention", "bench", "--rows", "short", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 0
+    assert "huggingface" in capsys.readouterr().out
+    with (tmp_path / "generation.csv").open() as stream:
+        assert [row["who"] for row in csv.DictReader(stream)] == [OURS, "huggingface"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--rows", "moon"], "no row matches"), (["--peers", "moon"], "unknown peers")]
+)
+def test_unknown_names_are_refused(options, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tp-attention", "bench", *options])
+    with pytest.raises(SystemExit, match=message):
+        cli.main()
+
+
+def test_different_tokens_are_not_timed(monkeypatch):
+    monkeypatch.setattr(generation, "NEW_TOKENS", 2)
+    monkeypatch.setattr(generation.models, "stream", lambda *_, **__: iter([(0, None), (0, None)]))
+    with pytest.raises(RuntimeError, match="write different tokens"):
+        next(generation.measure(["generate smollm2 short"], ["huggingface"], torch.device("cpu")))
