@@ -27,6 +27,8 @@ from tp_attention.models.generation import Sampling, check_length, stop_ids, str
 from tp_attention.models.loading import checkpoint_dtype, held_bytes, load, policy_for
 from tp_attention.sharding import format_range
 
+PATIENCE = 1800.0  # seconds that ranks wait for one another: rank 0 alone loads the whole model to compare with
+
 
 @dataclass(frozen=True)
 class Job:
@@ -90,7 +92,7 @@ def embed_texts(job: Job, texts: list[str]) -> None:
 @contextmanager
 def _tensor_parallel(tp: int | None) -> Iterator[TPGroup]:
     """The group of all ranks. Raises ValueError where a launcher started another number of them than `tp`."""
-    with launch.init() as world:
+    with launch.init(timeout=PATIENCE) as world:
         if tp is not None and tp != world.size:
             raise ValueError(
                 f"--tp {tp} but {world.launcher} started {world.size} ranks; every rank takes part, so leave --tp out "

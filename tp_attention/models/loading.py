@@ -162,7 +162,7 @@ class _Slot:
     written: int = 0
 
     def put(self, placement: Placement, data: Tensor, name: str, device: torch.device) -> None:
-        if self.parameter.is_meta:
+        if self.parameter.device != device:  # on meta, or whole in a model that is sharded in place
             real = torch.empty_like(self.parameter, device=device)
             self.parameter = nn.Parameter(real, requires_grad=False)
             for module, attribute in self.holders:
