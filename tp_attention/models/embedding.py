@@ -15,7 +15,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int) -
     """A padded batch of ids and mask [n, T]. Raises ValueError for no text, or one longer than `limit` tokens."""
     if not texts:
         raise ValueError("0 texts given; pass at least 1")
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = tokenizer(texts, padding=True, return_tensors="pt", verbose=False)  # its length warning: ours is an error
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist(), 1):
         if length > limit:
             raise ValueError(f"text {number} has {length} tokens, the model takes {limit}; shorten it")

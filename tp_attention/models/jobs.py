@@ -47,7 +47,7 @@ def generate(job: Job, prompt: str, max_new_tokens: int, sampling: Sampling) -> 
     with _tensor_parallel(job.tp) as group:
         config = _config(job, "generate")
         tokenizer = AutoTokenizer.from_pretrained(job.folder)
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
+        ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.long)
         check_length(config, ids.shape[1], max_new_tokens)
         model = _load(job, config, group)
         decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # as the model wrote it
