@@ -308,7 +308,7 @@ def test_triton_is_refused_with_the_reason() -> None:
 
 
 def test_the_log_says_once_why_torch_runs(caplog: pytest.LogCaptureFixture) -> None:
-    functional._log_once.cache_clear()
+    functional.choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, logger="tp_attention"):
         for backend in ("torch", "auto", "auto"):
             functional.attention(Q, KV, KV, backend=backend)

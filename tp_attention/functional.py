@@ -156,6 +156,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return eager.linear(x, weight, bias)
 
 
+@functools.cache
 def choose_backend(requested: str, device: torch.device) -> str:
     """The backend that will run, "torch" in this version, saying once per reason why it is not Triton.
 
@@ -172,13 +173,8 @@ def choose_backend(requested: str, device: torch.device) -> str:
     )
     if requested == "triton":
         raise RuntimeError(f"backend='triton' cannot run: {why}; use backend='auto' or 'torch'")
-    _log_once(f"torch path: {why}")
+    log.info("torch path: %s", why)  # once: the answer is cached
     return "torch"
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    log.info(message)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, q_start: int, group_size: int | None, kv_start: int) -> None:

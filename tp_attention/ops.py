@@ -44,11 +44,11 @@ class QKVGemmOp:
         qkv = functional.norm_qkv(
             x, weight, bias, norm=config.norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=config.norm_eps
         ).unflatten(-1, (-1, config.head_dim))
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        qk, v = qkv.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if config.qk_norm is None:  # q and k turn as one tensor: half the launches
-            q, k = self._turn(qk, rope).split([self.heads, self.kv_heads], dim=2)
+            q, k = self._turn(qk, rope).split_with_sizes([self.heads, self.kv_heads], dim=2)
             return q, k, v
-        q, k = qk.split([self.heads, self.kv_heads], dim=2)
+        q, k = qk.split_with_sizes([self.heads, self.kv_heads], dim=2)
         q = functional.norm(q, q_norm_weight, kind=config.qk_norm, eps=config.norm_eps)
         k = functional.norm(k, k_norm_weight, kind=config.qk_norm, eps=config.norm_eps)
         return self._turn(q, rope), self._turn(k, rope), v

@@ -116,10 +116,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     half = cos.shape[-1]
     if x.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
-    cos, sin = cos[:, :, None], sin[:, :, None]  # one angle for all heads
-    rotary = x[..., : 2 * half].to(cos.dtype)
-    first, second = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else rotary.split(half, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    mixed = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    mixed = mixed.to(x.dtype)
+    pair = -1 if interleaved else -2  # the dimension of (first, second)
+    pairs = x[..., : 2 * half].to(cos.dtype).unflatten(-1, (half, 2) if interleaved else (2, half))
+    cos, sin = cos[:, :, None].unsqueeze(pair), sin[:, :, None].unsqueeze(pair)  # one angle for all heads
+    turned, crossed = pairs * cos, pairs.flip(pair) * sin
+    turned.select(pair, 0).sub_(crossed.select(pair, 0))  # first · cos − second · sin
+    turned.select(pair, 1).add_(crossed.select(pair, 1))  # second · cos + first · sin
+    mixed = turned.flatten(-2).to(x.dtype)
     return mixed if x.shape[-1] == 2 * half else torch.cat((mixed, x[..., 2 * half :]), dim=-1)
