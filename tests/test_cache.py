@@ -43,3 +43,10 @@ def test_wrong_shapes_are_refused():
         cache.layers[0].append(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
     with pytest.raises(ValueError, match="batch=0"):
         KVCache(PLAN, 0, batch=0, max_length=4)
+
+
+def test_another_dtype_is_refused_before_anything_is_written():
+    layer = KVCache(PLAN, 0, batch=1, max_length=4).layers[0]
+    with pytest.raises(ValueError, match=r"keys are torch\.bfloat16 on cpu, the cache torch\.float32 on cpu"):
+        layer.append(*(torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16) for _ in range(2)))
+    assert layer.length == 0

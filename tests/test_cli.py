@@ -1,14 +1,17 @@
 """The command line: results on standard output, the rest on standard error, mistakes in one line with exit code 1."""
 
 import io
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tp_attention import cli
-from tp_attention.models import resolve
+from tp_attention.models import jobs, resolve
 
 PROMPT = "The capital of France is"
 
@@ -40,7 +43,7 @@ def test_generate_on_two_ranks_streams_reports_and_checks(run):
 
 
 def test_quiet_prints_the_text_alone_and_reads_standard_input(run):
-    code, out, err = run("generate", "--quiet", "--max-new-tokens", 6, stdin=PROMPT)
+    code, out, err = run("generate", "--quiet", "--max-new-tokens", 6, stdin=PROMPT + "\n")
     assert code == 0 and err == ""
     assert out.strip().startswith("Paris")
 
@@ -57,6 +60,7 @@ def test_embed_on_three_ranks(run):
     rows = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
     assert len(rows) == 3 and float(rows[0][1]) == 1.0
     assert float(rows[0][2]) > float(rows[0][3])
+    assert "the stock market" in out
     assert "equal: greatest embedding difference" in err
 
 
@@ -64,6 +68,7 @@ def test_embed_on_three_ranks(run):
     ("args", "message"),
     [
         (("generate", "--tp", 10, "--prompt", "x"), "error: tp=10 exceeds heads=9; use tp <= 9"),
+        (("generate", "--tp", 100_000, "--prompt", "x"), "error: tp=100000 exceeds heads=9"),
         (("generate", "--tp", 0, "--prompt", "x"), "error: --tp 0 must be at least 1"),
         (("generate", "--prompt", ""), "error: the prompt is empty"),
         (
@@ -96,6 +101,34 @@ def test_a_truncated_checkpoint_ends_in_one_line(run, tmp_path):
     code, out, err = run("embed", "--tp", 2, "--model", folder, "x")
     assert code == 1 and out == ""
     assert "has 1,000,000 bytes, its header promises" in err and len(err.splitlines()) == 1
+
+
+def test_a_killed_rank_ends_in_one_line(run, monkeypatch):
+    def die(*_, **__):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(jobs, "stream", die)
+    start = time.monotonic()
+    code, _, err = run("generate", "--tp", 2, "--prompt", PROMPT, "--quiet")
+    assert code == 1 and time.monotonic() - start < 30
+    assert "rank 1: killed by SIGKILL" in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_without_tokenizer_is_refused(run, tmp_path):
+    folder = shutil.copytree(resolve("minilm"), tmp_path / "model")
+    for file in [*folder.glob("tokenizer*"), folder / "vocab.txt"]:
+        file.unlink()
+    code, out, err = run("embed", "--model", folder, "x")
+    assert code == 1 and out == "" and "has no tokenizer" in err
+
+
+def test_an_unexpected_error_is_one_line_and_names_its_kind(run, tmp_path):
+    folder = shutil.copytree(resolve("minilm"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    code, _, err = run("embed", "--tp", 2, "--model", folder, "x")
+    assert code == 1 and len(err.splitlines()) == 1 and "--verbose shows where" in err
 
 
 @pytest.mark.slow

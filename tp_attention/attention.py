@@ -74,6 +74,7 @@ class TPSelfAttention(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
+        mask_is_final: bool = False,
         positions: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         cache: LayerCache | None = None,
@@ -81,7 +82,8 @@ class TPSelfAttention(nn.Module):
         """x [B, T, E] -> [B, T, E], both the same on every rank.
 
         mask: [B, S] or 4-D over [B, heads, T, S], as in functional.attention; S counts the cached tokens too. A mask
-        with a heads dimension has the global heads. positions: [B or 1, T] of x's tokens for RoPE; None counts on from
+        with a heads dimension has the global heads. mask_is_final: the mask alone says what is seen; causal and window
+        of the config do not apply. positions: [B or 1, T] of x's tokens for RoPE; None counts on from
         the cache. rope: cos and sin where the caller has them already. cache: keys and values so far; x's are appended.
         """
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
@@ -99,7 +101,13 @@ class TPSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         context = self.softmax_context(
-            q, k, v, mask=self._local_mask(mask), alibi_slopes=self.alibi_slopes, sinks=self.sinks
+            q,
+            k,
+            v,
+            mask=self._local_mask(mask),
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            mask_is_final=mask_is_final,
         )
         partial = self.out(context, self.out_weight)
         y = all_reduce(partial, self.group, out=partial)

@@ -24,7 +24,7 @@ class LayerCache:
 
         Raises ValueError, with nothing written, when they do not fit.
         """
-        batch, tokens = k.shape[:2]
+        tokens = k.shape[1]
         stop = self.length + tokens
         if stop > self.keys.shape[1]:
             raise ValueError(
@@ -36,10 +36,15 @@ class LayerCache:
                 f"keys {list(k.shape)} do not fit a cache of batch {self.keys.shape[0]} and "
                 f"heads x dim {list(self.keys.shape[2:])}"
             )
+        if k.dtype != self.keys.dtype or k.device != self.keys.device:
+            raise ValueError(
+                f"keys are {k.dtype} on {k.device}, the cache {self.keys.dtype} on {self.keys.device}; "
+                "make it with that dtype= and device="
+            )
         self.keys[:, self.length : stop] = k
         self.values[:, self.length : stop] = v
         self.length = stop
-        return self.keys[:batch, :stop], self.values[:batch, :stop]
+        return self.keys[:, :stop], self.values[:, :stop]
 
 
 class KVCache:

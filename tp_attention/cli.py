@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Model = Annotated[str, typer.Option(help="A bundled model (smollm2, minilm) or a local Hugging Face folder.")]
 TP = Annotated[int | None, typer.Option(help="Ranks. Default: the launcher's ranks, or 1 without a launcher.")]
@@ -50,14 +50,17 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Continue a prompt with a causal language model, its attention and MLP sharded over ranks."""
+    from tp_attention.launch import environment
     from tp_attention.models import jobs
     from tp_attention.models.generation import Sampling
 
     sampling = Sampling(temperature, top_p, seed)
-    text = sys.stdin.read() if prompt is None else prompt
-    if not text:
+    text = prompt or ""
+    if prompt is None and environment.read().rank == 0:  # a launcher's ranks share one standard input
+        text = sys.stdin.read().removesuffix("\n")
+    if not text and environment.read().rank == 0:
         raise ValueError("the prompt is empty; pass --prompt or text on standard input")
-    job = jobs.Job(model, _folder(model), tp, _dtype(dtype), check, quiet)
+    job = jobs.Job(model, _folder(model, tp, "generate"), tp, _dtype(dtype), check, quiet)
     _on_ranks(tp, jobs.generate, job, text, max_new_tokens, sampling)
 
 
@@ -73,7 +76,9 @@ def embed(
     """Print how similar texts are, by a sentence encoder with its attention and MLP sharded over ranks."""
     from tp_attention.models import jobs
 
-    _on_ranks(tp, jobs.embed_texts, jobs.Job(model, _folder(model), tp, _dtype(dtype), check, quiet), texts)
+    _on_ranks(
+        tp, jobs.embed_texts, jobs.Job(model, _folder(model, tp, "embed"), tp, _dtype(dtype), check, quiet), texts
+    )
 
 
 @app.command()
@@ -113,8 +118,6 @@ def _on_ranks(tp: int | None, job: Callable[..., Any], *args: Any) -> None:
     """Run `job` on every rank: in this process under a launcher or alone, on spawned ranks otherwise."""
     from tp_attention import launch
 
-    if tp is not None and tp < 1:
-        raise ValueError(f"--tp {tp} must be at least 1")
     if launch.launched() or tp in (None, 1):
         job(*args)
     else:
@@ -122,12 +125,19 @@ def _on_ranks(tp: int | None, job: Callable[..., Any], *args: Any) -> None:
         launch.spawn(job, tp, *args, threads=max(1, (os.cpu_count() or 1) // tp), start_method="fork")
 
 
-def _folder(model: str) -> Path:
-    """The model's folder. A conversion runs in a process of its own: ranks fork from this one, which must stay idle."""
-    from tp_attention import launch
-    from tp_attention.models import resolve
+def _folder(model: str, tp: int | None, command: str) -> Path:
+    """The model's folder, refused early where it cannot work.
 
-    return resolve(model) if launch.launched() else launch.spawn(resolve, 1, model)[0]
+    A conversion runs in a process of its own: ranks fork from this one, which must stay idle.
+    """
+    from tp_attention import launch
+    from tp_attention.models import jobs
+
+    if tp is not None and tp < 1:
+        raise ValueError(f"--tp {tp} must be at least 1")
+    if launch.launched():
+        return jobs.prepare(model, tp, command)
+    return launch.spawn(jobs.prepare, 1, model, tp, command)[0]
 
 
 def _dtype(name: str | None) -> Any:
@@ -140,16 +150,29 @@ def _dtype(name: str | None) -> Any:
 
 
 def main() -> None:
-    """Entry point: `app`, with expected errors as one line."""
-    from tp_attention.launch import RankError
-
+    """Entry point: `app`, with every error as one line; --verbose keeps the traceback."""
     try:
         app()
-    except RankError as error:
-        expected = error.cause_type == "ValueError"
-        sys.exit(f"error: {error.cause_message}" if expected else f"error: {error}")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:  # the outermost boundary: nothing is swallowed, only shortened
+        if logging.getLogger("tp_attention").isEnabledFor(logging.INFO):
+            raise
+        sys.exit(_one_line(error))
+
+
+def _one_line(error: Exception) -> str | int:
+    """What to say of an error that ends the program; no word of a closed pipe, which is how `| head` ends."""
+    from tp_attention.launch import RankError
+
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, RankError):
+        kind, text = error.cause_type, error.cause_message
+        if not error.traceback:  # killed: there is no message of its own
+            return f"error: rank {error.rank}: {text}; the other ranks were ended"
+    if kind == "BrokenPipeError":
+        return 1
+    text = " ".join(text.split())
+    known = kind in ("ValueError", "RuntimeError") or kind.endswith("OSError")
+    return f"error: {text}" if known else f"error: {kind}: {text} (tp-attention --verbose shows where)"
 
 
 if __name__ == "__main__":

@@ -73,8 +73,11 @@ class SoftmaxContextOp:
         mask: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
+        mask_is_final: bool = False,
     ) -> Tensor:
         """q [B, T, local_heads, D], k, v [B, S, local_kv_heads, D]; mask, slopes and sinks have q's heads.
+
+        mask_is_final: the mask alone says what is seen, the config's causal and window do not apply.
 
         Returns [B, T, local_heads·D].
         """
@@ -83,10 +86,10 @@ class SoftmaxContextOp:
             k,
             v,
             scale=self.config.scale,
-            causal=self.config.causal,
+            causal=self.config.causal and not mask_is_final,
             mask=mask,
             alibi_slopes=alibi_slopes,
-            window=self.config.window,
+            window=None if mask_is_final else self.config.window,
             softcap=self.config.softcap,
             sinks=sinks,
             q_start=self.q_start,

@@ -133,3 +133,14 @@ def test_a_static_cache_is_refused(tiny):
     ids, _ = batch()
     with pytest.raises(ValueError, match="static transformers caches are not supported"):
         models.load(tiny["llama"]).generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_4d_mask_is_complete(family, tiny):
+    """transformers' rule: it replaces causality and windows. Here the last 3 keys are hidden, later ones are not."""
+    ids, _ = batch()
+    mask = torch.zeros(2, 1, 11, 11)
+    mask[..., 8:] = torch.finfo(torch.float32).min
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(tiny[family])(input_ids=ids, attention_mask=mask).logits
+        assert_equal(models.load(tiny[family])(input_ids=ids, attention_mask=mask).logits, expected)

@@ -166,6 +166,15 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_what_a_killed_conversion_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TP_ATTENTION_CACHE", str(tmp_path))
+    (tmp_path / ".smollm2-killed").mkdir()
+    (tmp_path / ".smollm2-killed" / "model.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(folders, "convert_gguf", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    assert resolve("smollm2").parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [resolve("smollm2").name]
+
+
 def test_the_converted_model_is_an_ordinary_hugging_face_folder(smollm2):
     assert (smollm2 / "config.json").is_file() and (smollm2 / "model.safetensors").is_file()
     config = AutoConfig.from_pretrained(smollm2)

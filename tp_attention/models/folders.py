@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def _converted(name: str, model: BundledModel, gguf: Path) -> Path:
     with FileLock(folder.parent / f".{name}.lock"):  # ranks of one launcher convert once; the others wait
         if folder.is_dir():
             return folder
+        for leftover in folder.parent.glob(f".{name}-*/"):  # of a conversion that was killed; none runs now
+            shutil.rmtree(leftover)
         log.info("converting %s to %s (once, about 20 s)", gguf.name, folder)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as aside:
             whole = Path(aside) / "model"

@@ -62,7 +62,11 @@ class ShardedAttention(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None]:
         cache = layer_cache(past_key_values, self.layer)
-        return self.attention(hidden_states, mask=attention_mask, rope=position_embeddings, cache=cache), None
+        final = attention_mask is not None and attention_mask.dim() == 4  # transformers' rule: 4-D masks are complete
+        y = self.attention(
+            hidden_states, mask=attention_mask, mask_is_final=final, rope=position_embeddings, cache=cache
+        )
+        return y, None
 
 
 class ShardedRotary(nn.Module):
@@ -119,9 +123,9 @@ def rope_config(config: PreTrainedConfig, head_dim: int) -> RopeConfig:
     """RopeConfig of a Hugging Face config's `rope_parameters`. Raises ValueError for a scaling that is not known."""
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
-    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     if kind == "default":
-        return RopeConfig(theta=parameters["rope_theta"], dim=dim)
+        return RopeConfig(theta=parameters["rope_theta"])
+    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))  # these families read it with a scaling only
     trained = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     if kind == "dynamic":
         trained = config.max_position_embeddings
