@@ -129,7 +129,7 @@ class AttentionConfig:
             if len(self.window) != 2 or any(side is not None and side < -1 for side in self.window):
                 raise ValueError(f"window={self.window} must be (left, right), each >= 0, or None or -1 for unbounded")
             object.__setattr__(self, "window", tuple(self.window))
-        if self.softcap is not None and self.softcap <= 0:
+        if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap={self.softcap} must be positive; None turns it off")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")

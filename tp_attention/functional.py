@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from tp_attention import eager
+from tp_attention.config import DTYPES, NORMS
 from tp_attention.masks import Window, check_mask
 
 log = logging.getLogger("tp_attention")
 
 BACKENDS = ("auto", "triton", "torch")
-NORMS = ("rmsnorm", "layernorm")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def attention(

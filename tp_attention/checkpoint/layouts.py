@@ -132,5 +132,3 @@ BERT = Layout(
         Rule(r"(?:bert\.)?(embeddings\.position_ids|pooler\..+)|cls\..+|classifier\..+|qa_outputs\..+", IGNORED),
     ),
 )
-
-LAYOUTS = {layout.name: layout for layout in (LLAMA, BERT)}

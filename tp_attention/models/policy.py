@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from tp_attention.sharding import ShardPlan
 MASKS = "tp_attention"
 
 
-class Policy:
+class Policy(ABC):
     """How one family's Hugging Face model is cut. Stateless: every method takes what it needs."""
 
     architectures: ClassVar[tuple[str, ...]]
@@ -33,17 +34,17 @@ class Policy:
             method = config.quantization_config.get("quant_method", "an unknown method")
             raise ValueError(f"the checkpoint is quantised ({method}); only fp32, fp16 and bf16 weights are loaded")
 
+    @abstractmethod
     def plan(self, config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> ShardPlan:
         """Who owns what, with the exact bytes. Raises ValueError where tp does not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The Hugging Face model, on torch's current default device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shard(self, model: PreTrainedModel, plan: ShardPlan, group: TPGroup, dtype: torch.dtype) -> None:
         """Replace attention, MLP, embedding and head by ours, with weights still to be loaded."""
-        raise NotImplementedError
 
 
 class ShardedAttention(nn.Module):
