@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from tests.tolerances import TOLERANCE, assert_close
 from tp_attention import eager, functional, masks, reference
+from tp_attention.config import DTYPES as ALL_DTYPES
+from tp_attention.config import NORMS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -194,7 +196,7 @@ def test_uneven_cuts_of_a_layers_heads(start: int, stop: int, queries: int) -> N
 
 @pytest.mark.parametrize("window", [None, (20, 0), (100, 30)])
 def test_long_inputs_by_blocks_of_rows(window: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "CPU_SCORES", 0)
+    monkeypatch.setattr("tp_attention.eager.prefill.CPU_SCORES", 0)
     q, k, v = random(1, 150, 2, 8), random(1, 200, 1, 8), random(1, 200, 1, 8)
     check(q, k, v, causal=True, window=window, mask=random_mask((1, 2, 150, 200), "-inf"))
 
@@ -298,13 +300,16 @@ def test_wrong_arguments_are_refused_before_any_work(
         functional.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
 
-def test_triton_is_refused_with_the_reason() -> None:
+def test_triton_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tp_attention.functional.backends._interpreted", lambda: False)
+    functional.choose_backend.cache_clear()
     with pytest.raises(
         RuntimeError, match="cannot run: the tensors are on cpu, not a GPU; use backend='auto' or 'torch'"
     ):
         functional.attention(Q, KV, KV, backend="triton")
-    with pytest.raises(RuntimeError, match="no Triton kernels"):
-        functional.choose_backend("triton", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="head_dim 320 > 256"):
+        functional.choose_backend("triton", torch.device("cuda"), "head_dim 320 > 256")
+    functional.choose_backend.cache_clear()
 
 
 def test_the_log_says_once_why_torch_runs(caplog: pytest.LogCaptureFixture) -> None:
@@ -315,7 +320,7 @@ def test_the_log_says_once_why_torch_runs(caplog: pytest.LogCaptureFixture) -> N
     assert caplog.messages == ["torch path: the tensors are on cpu, not a GPU"]
 
 
-@pytest.mark.parametrize("kind", functional.NORMS)
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_linear_and_norm_qkv(dtype: torch.dtype, kind: str) -> None:
     x = random(2, 3, 48, dtype=dtype) * 50 + 20
@@ -363,4 +368,4 @@ def test_alibi_slopes_are_the_published_ones() -> None:
 
 
 def test_tolerances_cover_every_dtype() -> None:
-    assert TOLERANCE.keys() == set(functional.DTYPES)
+    assert TOLERANCE.keys() == set(ALL_DTYPES)

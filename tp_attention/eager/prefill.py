@@ -1,8 +1,7 @@
-"""The torch path of every function in functional.py, under the same names: no Triton, any device, differentiable.
+"""functional.attention without kernels.
 
-It is what runs on a CPU, and on a GPU wherever no kernel applies. Arguments are not checked here. Attention goes to
-torch's scaled_dot_product_attention where that can express it (no softcap, sinks or lse), else to the explicit formula.
-Limit: on a GPU, fp32 products follow torch.set_float32_matmul_precision, so "high" gives TF32 here.
+It goes to torch's scaled_dot_product_attention where that can express it (no softcap, sinks or lse), else to the
+explicit formula. Limit: on a GPU, fp32 products follow torch.set_float32_matmul_precision, so "high" gives TF32 here.
 """
 
 from __future__ import annotations
@@ -182,40 +181,3 @@ class _HeadGroups:
         if not self.folded:
             return x
         return x.reshape(x.shape[0], -1, 1, x.shape[3])[:, self.front : self.front + self.heads]
-
-
-def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None = None, kind: str = "rmsnorm", eps: float = 1e-5
-) -> Tensor:
-    """functional.norm unchecked: over the last dimension of x, with fp32 statistics."""
-    if kind == "layernorm":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    # rounded to x's dtype before the weight, as in Hugging Face's LlamaRMSNorm
-    normed = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], None, eps).to(x.dtype)
-    normed = normed if weight is None else weight * normed
-    return normed if bias is None else normed + bias
-
-
-_norm = norm  # norm_qkv has an argument of that name
-
-
-def norm_qkv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    return_normed: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """functional.norm_qkv unchecked: x [B, T, E], weight [rows, E] -> qkv [B, T, rows] (and the normed x)."""
-    normed = x if norm is None else _norm(x, norm_weight, norm_bias, norm, eps)
-    qkv = F.linear(normed, weight, bias)
-    return (qkv, normed) if return_normed else qkv
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """functional.linear unchecked: x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    return F.linear(x, weight, bias)

@@ -1,0 +1,18 @@
+"""What to compile ahead of time: one module per kernel family, each with LAUNCHES by name.
+
+Every module of this folder is found by compile_all.py. Tensors on "meta" cost nothing, so use real sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """call: launches kernels. wgmma, tma: whether some kernel of it must use these on sm_90 (None: either way)."""
+
+    call: Callable[[], object]
+    wgmma: bool | None = None
+    tma: bool | None = None

@@ -1,0 +1,110 @@
+"""Checks of arguments that several public functions share. Each raises ValueError with both numbers and a way out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tp_attention.config import DTYPES, NORMS
+from tp_attention.masks import Window, check_mask
+
+
+def check_features(
+    q: Tensor,
+    keys: int,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: Window | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """What shapes the scores fits q [B, T, Hq, D] and `keys` keys."""
+    batch, queries, heads, _ = q.shape
+    if mask is not None:
+        check_mask(mask, batch, heads, queries, keys)
+        check_device("mask", mask, q)
+    check_per_head(q, heads, alibi_slopes=alibi_slopes, sinks=sinks)
+    if window is not None and (len(window) != 2 or any(side is not None and side < -1 for side in window)):
+        raise ValueError(f"window={window} must be (left, right), each >= 0, or None or -1 for unbounded")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive; None turns it off")
+
+
+def check_per_head(q: Tensor, heads: int, **tensors: Tensor | None) -> None:
+    """Each tensor given is floating, [Hq] and on q's device."""
+    for name, per_head in tensors.items():
+        if per_head is not None:
+            if per_head.shape != (heads,) or not per_head.is_floating_point():
+                raise ValueError(
+                    f"{name} is {per_head.dtype} {list(per_head.shape)}; expected floats [Hq] = [{heads}], q's heads"
+                )
+            check_device(name, per_head, q)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, q_start: int, group_size: int | None, kv_start: int) -> None:
+    """q, k and v fit each other, and every query head finds its kv head."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or not q.shape[3]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; expected q [B, T, Hq, D], k and v "
+            "[B, S, Hkv, D] with the same B and D >= 1"
+        )
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if group_size is None:
+        if q_start or kv_start:
+            raise ValueError(
+                f"q_start={q_start}, kv_start={kv_start} need group_size, query heads per kv head of the layer"
+            )
+        if not kv_heads or heads % kv_heads:
+            raise ValueError(
+                f"{heads} query heads are no multiple of {kv_heads} kv heads; pass q_start, group_size, kv_start"
+            )
+        return
+    if group_size < 1 or q_start < 0 or kv_start < 0:
+        raise ValueError(f"group_size={group_size} must be >= 1, q_start={q_start} and kv_start={kv_start} >= 0")
+    first, last = q_start // group_size, (q_start + heads - 1) // group_size
+    if first < kv_start or last >= kv_start + kv_heads:
+        raise ValueError(
+            f"query heads {q_start}..{q_start + heads - 1} in groups of {group_size} read kv heads {first}..{last}, k "
+            f"holds {kv_start}..{kv_start + kv_heads - 1}; pass those it lacks or correct q_start, group_size, kv_start"
+        )
+
+
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> None:
+    if kind not in NORMS:
+        raise ValueError(f"unknown norm {kind!r}; use one of {', '.join(NORMS)}")
+    for name, vector in (("norm weight", weight), ("norm bias", bias)):
+        if vector is not None:
+            if vector.shape != x.shape[-1:]:
+                raise ValueError(
+                    f"{name} has shape {list(vector.shape)}; expected {list(x.shape[-1:])}, x's last dimension"
+                )
+            check_like(name, vector, "x", x)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; expected [..., in] and [out, in]"
+        )
+    check_like("weight", weight, "x", x)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {list(bias.shape)}; expected [out] = {list(weight.shape[:1])}")
+        check_like("bias", bias, "x", x)
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype or other.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} is {tensor.dtype}, {other_name} is {other.dtype}; convert both to one of "
+            f"{', '.join(map(str, DTYPES))}"
+        )
+    check_device(name, tensor, other)
+
+
+def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the rest on {other.device}; move it with .to({str(other.device)!r})"
+        )
