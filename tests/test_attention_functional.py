@@ -100,9 +100,9 @@ def test_attention_matches_reference_on_random_problems(drawn: tuple[int, dict[s
     q, k, v = packed.split([heads, kv_heads, kv_heads], dim=2)
     with pytest.MonkeyPatch.context() as patch:
         if problem["tiny_blocks"]:
-            patch.setattr(eager, "CPU_SCORES", 0)
-            patch.setattr(eager, "GPU_SCORES", 0)
-            patch.setattr(eager, "MIN_ROWS", 3)
+            patch.setattr("tp_attention.eager.prefill.CPU_SCORES", 0)
+            patch.setattr("tp_attention.eager.prefill.GPU_SCORES", 0)
+            patch.setattr("tp_attention.eager.prefill.MIN_ROWS", 3)
         check(q[:, :queries], k[:, :keys], v[:, :keys], **keywords)
 
 
@@ -294,7 +294,7 @@ REFUSED = {
 def test_wrong_arguments_are_refused_before_any_work(
     given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eager, "attention", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("tp_attention.eager.prefill.attention", lambda *_, **__: pytest.fail("work was done"))
     arguments = {"q": Q, "k": KV, "v": KV} | given
     with pytest.raises(ValueError, match=message):
         functional.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
