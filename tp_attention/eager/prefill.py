@@ -6,8 +6,10 @@ explicit formula. Limit: on a GPU, fp32 products follow torch.set_float32_matmul
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +90,29 @@ def attention(
         outs.append(out)
     out = groups.unfold(_join(outs)).transpose(1, 2).to(q.dtype)
     return (out, groups.unfold(_join(lses)).squeeze(-1).float()) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: bool = False,
+    **keywords: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """functional.attention_varlen unchecked, one sequence at a time; reads the lengths back to the host."""
+    out = torch.zeros_like(q)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+    starts = torch.stack((cu_seqlens_q, cu_seqlens_k), dim=1).tolist()
+    for (q_first, k_first), (q_last, k_last) in itertools.pairwise(starts):
+        queries, keys = slice(q_first, q_last), slice(k_first, k_last)
+        result = attention(q[None, queries], k[None, keys], v[None, keys], return_lse=return_lse, **keywords)
+        if return_lse:
+            result, lse[:, queries] = result[0], result[1][0]
+        out[queries] = result[0]
+    return (out, lse) if return_lse else out
 
 
 def _join(blocks: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ enabled grad raises RuntimeError.
 """
 
 from tp_attention.functional.backends import BACKENDS, choose_backend
-from tp_attention.functional.prefill import attention
+from tp_attention.functional.prefill import attention, attention_varlen
 from tp_attention.functional.projections import linear, norm, norm_qkv
 
-__all__ = ["BACKENDS", "attention", "choose_backend", "linear", "norm", "norm_qkv"]
+__all__ = ["BACKENDS", "attention", "attention_varlen", "choose_backend", "linear", "norm", "norm_qkv"]

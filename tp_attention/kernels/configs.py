@@ -20,7 +20,7 @@ Key = tuple[Hashable, ...]
 _autotuned: dict[tuple[str, Key], Any] = {}
 
 
-def choose(kernel: str, table: Mapping[Key, Config], key: Key, config: Config | None = None) -> Config:
+def choose(kernel: str, table: Mapping[Any, Config], key: Key, config: Config | None = None) -> Config:
     """`config`, else what `remember` was given for this kernel and key, else the table's entry, else its safe one.
 
     key: (architecture, ...). The table must hold the same key with architecture 0.

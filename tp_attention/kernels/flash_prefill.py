@@ -1,0 +1,333 @@
+"""Flash attention of many query tokens: fp32 online softmax over key blocks, scores never written out.
+
+One program per (query block, head). Key blocks that every row of the block sees take no masking cost; those at the edge
+of causal, window or the sequence's end go through loops of their own. On Hopper q, k and v come by TMA from whatever
+strided view they are, elsewhere by pointers. Sequences packed without padding (cu_seqlens) run in the
+same kernel: a program finds its sequence by itself, so that no length is read on the host.
+Few query tokens over many keys: flash_decode.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tp_attention.kernels import configs
+from tp_attention.kernels.scores import (
+    ADDITIVE_MASK,
+    LN2,
+    LOG2E,
+    as_kernels_read,
+    masked_scores,
+    reach_mask,
+    shape_scores,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_m query rows by block_n keys a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (architecture, padded head dim, bytes per element, what is masked: nothing, the edges or, by a mask, everything)
+KINDS = ("full", "edge", "mask")
+CONFIGS = {
+    **{(90, d, 2, kind): Config(128, 128, 8, 2) for d in (16, 32, 64, 128) for kind in ("full", "edge")},
+    **{(90, d, 2, "mask"): Config(128, 64, 8, 2) for d in (16, 32, 64, 128)},
+    **{(90, 256, 2, kind): Config(128, 64, 8, 2) for kind in ("full", "edge")},
+    (90, 256, 2, "mask"): Config(128, 32, 8, 2),
+    **{(80, d, 2, kind): Config(128, 64, 8, 3) for d in (16, 32, 64) for kind in KINDS},
+    (80, 128, 2, "full"): Config(128, 64, 8, 3),
+    **{(80, 128, 2, kind): Config(128, 32, 8, 3) for kind in ("edge", "mask")},
+    **{(80, 256, 2, kind): Config(64, 32, 8, 2) for kind in ("full", "edge")},
+    (80, 256, 2, "mask"): Config(64, 16, 8, 2),
+    **{(0, d, 2, kind): Config(64, 64, 8, 2) for d in (16, 32, 64) for kind in KINDS},
+    **{(0, 128, 2, kind): Config(64, 32, 8, 2) for kind in KINDS},
+    **{(0, 256, 2, kind): Config(64, 16, 8, 1) for kind in KINDS},
+    # fp32 products take no tensor cores, and hold whole operands in registers
+    **{(0, d, 4, kind): Config(32, 32, 8, 1) for d in (16, 32, 64, 128) for kind in KINDS},
+    **{(0, 256, 4, kind): Config(16, 16, 8, 1) for kind in KINDS},
+}
+
+
+@triton.jit
+def _rows(
+    x, i_b, i_h, row, end, stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows row..row+BLOCK of one head, [BLOCK, BLOCK_D]; 0 past D, and from `end` on where EDGE."""
+    if TMA:  # the descriptor knows where the tensor ends, and fills with 0
+        b_x = x.load([i_b, i_h, row, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        o_r, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        p_x = x + tl.cast(row, tl.int64) * stride + (o_r[:, None] * stride + o_d[None, :])
+        if EDGE:
+            b_x = tl.load(p_x, mask=(row + o_r < end)[:, None] & (o_d < D)[None, :], other=0)
+        elif D < BLOCK_D:
+            b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0)
+        else:
+            b_x = tl.load(p_x)
+    return b_x
+
+
+@triton.jit
+def _attend(
+    acc, total, top,  # [M, BLOCK_D], [M], [M]: so far, relative to exp2(top)
+    first, last, b_q, k, v, i_b, i_kv, k_start, keys, stride_k, stride_v,
+    p_mask, stride_mask, o_t, o_i, rows, scale, softcap, b_slope, left, right,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
+    MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, RAW: tl.constexpr, EDGE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Take in the keys first..last, in blocks. EDGE: some row may not see some key of them."""
+    for j in tl.range(first, last, BLOCK_N):
+        o_j = j + tl.arange(0, BLOCK_N)
+        b_k = _rows(k, i_b, i_kv, k_start + j, k_start + keys, stride_k, D, BLOCK_N, BLOCK_D, TMA, EDGE)
+        if UPCAST:
+            b_k = b_k.to(tl.float32)
+        b_s = tl.dot(b_q, b_k.T, input_precision="ieee")  # [M, N]
+        if not RAW:
+            b_s = shape_scores(b_s, scale, softcap, b_slope, o_i, o_j, HAS_SOFTCAP, HAS_ALIBI)
+        if MASK:
+            p_block = p_mask + tl.cast(j, tl.int64) * stride_mask + tl.arange(0, BLOCK_N)[None, :] * stride_mask
+            b_s = masked_scores(b_s, p_block, (o_t < rows)[:, None] & (o_j < keys)[None, :], MASK)
+        if EDGE:
+            b_s = tl.where(reach_mask(o_i, o_j, keys, left, right, HAS_LEFT, HAS_RIGHT), b_s, -float("inf"))
+        # RAW scores are scaled only here: max(s)·c and the s·c − top of exp2 cost one instruction an element
+        factor = scale * LOG2E if RAW else 1.0
+        top_new = tl.maximum(top, tl.max(b_s, 1) * factor)
+        pivot = tl.where(top_new == -float("inf"), 0.0, top_new) if EDGE else top_new
+        b_p = tl.exp2(b_s * factor - pivot[:, None]) if RAW else tl.exp2(b_s - pivot[:, None])
+        shrink = tl.exp2(top - pivot)
+        total = total * shrink + tl.sum(b_p, 1)
+        acc = acc * shrink[:, None]
+        b_v = _rows(v, i_b, i_kv, k_start + j, k_start + keys, stride_v, D, BLOCK_N, BLOCK_D, TMA, EDGE)
+        if EDGE and TMA and VARLEN:  # rows of the next sequence: 0 · NaN would be NaN
+            b_v = tl.where((o_j < keys)[:, None], b_v, 0.0)
+        if UPCAST:
+            b_v = b_v.to(tl.float32)
+        acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")
+        top = top_new
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["tokens", "keys", "sequences", "left", "right", "tiles", "heads_together"])
+def flash_prefill_kernel(
+    p_q, p_k, p_v,  # [B, T, Hq, D], [B, S, Hkv, D]: pointers, or descriptors of [B, H, tokens, D] where TMA
+    p_out, p_lse,  # [B, T, Hq, D], [B, Hq, T]; lse only where HAS_LSE
+    p_mask, p_slopes, p_sinks, p_cu_q, p_cu_k,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_mh, stride_mt, stride_ms,
+    tokens, keys, sequences, heads, tiles, heads_together, q_start, group_size, kv_start, scale, softcap, left, right,
+    D: tl.constexpr, D_OUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+    TMA: tl.constexpr, VARLEN: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    RAW: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles · heads (· B unless VARLEN). Few heads at a time, so that their keys stay in L2, longest first."""
+    pid = tl.program_id(0)
+    together = tiles * heads_together  # programs of one set of heads
+    i_set = pid // together
+    in_set = tl.minimum(heads_together, tl.num_programs(0) // tiles - i_set * heads_together)  # the last set has fewer
+    i_head = i_set * heads_together + pid % together % in_set
+    i_tile = pid % together // in_set
+    i_b = i_head // heads
+    i_h = i_head % heads
+    i_kv = (q_start + i_h) // group_size - kv_start
+    q_base = 0
+    k_base = 0
+    if VARLEN:  # tiles of all sequences in a row: find the one that this tile is in
+        o_b = tl.arange(0, BLOCK_B)
+        starts = tl.load(p_cu_q + o_b, mask=o_b < sequences, other=0)
+        counts = tl.cdiv(tl.load(p_cu_q + o_b + 1, mask=o_b < sequences, other=0) - starts, BLOCK_M)
+        ends = tl.cumsum(counts, 0)
+        i_seq = tl.sum((ends <= i_tile).to(tl.int32))
+        if i_seq >= sequences:
+            return
+        i_tile = tl.sum(tl.where(o_b == i_seq, ends, 0)) - 1 - i_tile
+        q_base = tl.load(p_cu_q + i_seq)
+        k_base = tl.load(p_cu_k + i_seq)
+        tokens = tl.load(p_cu_q + i_seq + 1) - q_base
+        keys = tl.load(p_cu_k + i_seq + 1) - k_base
+    else:
+        i_tile = tiles - 1 - i_tile
+
+    row = i_tile * BLOCK_M
+    o_t = row + tl.arange(0, BLOCK_M)  # [M] query tokens
+    o_d = tl.arange(0, BLOCK_D)
+    m_t = o_t < tokens
+    offset = keys - tokens
+    o_i = o_t + offset  # [M] their key positions
+    b64, h64, kv64 = i_b.to(tl.int64), i_h.to(tl.int64), i_kv.to(tl.int64)
+    if TMA:
+        k, v = p_k, p_v
+        b_q = p_q.load([i_b, i_h, q_base + row, 0]).reshape(BLOCK_M, BLOCK_D)
+    else:
+        stride_qt, stride_qh = tl.multiple_of(stride_qt, ALIGN), tl.multiple_of(stride_qh, ALIGN)
+        stride_ks, stride_kh = tl.multiple_of(stride_ks, ALIGN), tl.multiple_of(stride_kh, ALIGN)
+        stride_vs, stride_vh = tl.multiple_of(stride_vs, ALIGN), tl.multiple_of(stride_vh, ALIGN)
+        k = p_k + b64 * stride_kb + kv64 * stride_kh
+        v = p_v + b64 * stride_vb + kv64 * stride_vh
+        q = p_q + b64 * stride_qb + h64 * stride_qh
+        b_q = _rows(q, i_b, i_h, q_base + row, q_base + tokens, stride_qt, D, BLOCK_M, BLOCK_D, False, True)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
+    if MASK:
+        p_mask += b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt
+
+    # Keys first..last are seen by some row of the block, full_first..full_last by every one.
+    first, last = 0, keys
+    full_first, full_last = 0, keys
+    if HAS_LEFT:
+        first = tl.maximum(0, row + offset - left) // BLOCK_N * BLOCK_N
+        full_first = tl.maximum(0, row + BLOCK_M - 1 + offset - left)
+    if HAS_RIGHT:
+        last = tl.minimum(keys, row + BLOCK_M + offset + right)
+        full_last = tl.minimum(keys, row + offset + right + 1)
+    full_first = tl.maximum(first, tl.minimum(tl.cdiv(full_first, BLOCK_N) * BLOCK_N, tl.cdiv(last, BLOCK_N) * BLOCK_N))
+    full_last = tl.maximum(full_first, full_last // BLOCK_N * BLOCK_N)
+    if MASK:  # a mask is read for every block anyway: one loop, all edge
+        full_first, full_last = first, first
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    if HAS_LEFT:
+        acc, total, top = _attend(
+            acc, total, top, first, full_first, b_q, k, v, i_b, i_kv, k_base, keys, stride_ks, stride_vs,
+            p_mask, stride_ms, o_t, o_i, tokens, scale, softcap, b_slope, left, right, D, BLOCK_N, BLOCK_D, TMA,
+            VARLEN, MASK, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, RAW, True, UPCAST,
+        )  # fmt: skip
+    if not MASK:
+        acc, total, top = _attend(
+            acc, total, top, full_first, full_last, b_q, k, v, i_b, i_kv, k_base, keys, stride_ks, stride_vs,
+            p_mask, stride_ms, o_t, o_i, tokens, scale, softcap, b_slope, left, right, D, BLOCK_N, BLOCK_D, TMA,
+            VARLEN, MASK, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, RAW, False, UPCAST,
+        )  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, full_last, last, b_q, k, v, i_b, i_kv, k_base, keys, stride_ks, stride_vs,
+        p_mask, stride_ms, o_t, o_i, tokens, scale, softcap, b_slope, left, right, D, BLOCK_N, BLOCK_D, TMA,
+        VARLEN, MASK, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, RAW, True, UPCAST,
+    )  # fmt: skip
+
+    m_empty = total == 0  # rows that keep no key
+    if HAS_SINKS:  # one more logit in the denominator
+        b_sink = tl.load(p_sinks + i_h).to(tl.float32) * LOG2E
+        top_new = tl.maximum(top, b_sink)
+        shrink = tl.exp2(top - top_new)
+        acc = acc * shrink[:, None]
+        total = total * shrink + tl.exp2(b_sink - top_new)
+        top = top_new
+    b_out = acc / tl.where(m_empty, 1.0, total)[:, None]
+    o_row = (q_base + o_t).to(tl.int64)
+    p_rows = p_out + b64 * stride_ob + h64 * stride_oh + o_row[:, None] * stride_ot + o_d[None, :]
+    tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_t[:, None] & (o_d < D_OUT)[None, :])
+    if HAS_LSE:
+        b_lse = tl.where(m_empty, -float("inf"), (top + tl.log2(total)) * LN2)
+        tl.store(p_lse + b64 * stride_lb + h64 * stride_lh + o_row, b_lse, mask=m_t)
+
+
+L2_BYTES = 30 << 20  # of keys and values in use at a time: about half of the L2 of an A100 (40 MB) or H100 (50 MB)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    reach: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    q_start: int = 0,
+    group_size: int | None = None,
+    kv_start: int = 0,
+    return_lse: bool = False,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """functional.attention by the kernel: q [B, T, Hq, D], k, v [B, S, Hkv, D] -> out [B, T, Hq, D], lse [B, Hq, T].
+
+    reach: masks.effective_window's (left, right), causal included. mask: 2-D or 4-D. D <= 256.
+    cu_seqlens: of queries and keys, int32 [sequences + 1]; B is 1 then, and T and S count the tokens of all of them.
+    """
+    (batch, tokens, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
+    group_size = group_size or heads // kv_heads
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    left, right = reach
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    mask, kind, mask_strides = as_kernels_read(mask)
+    architecture = configs.architecture(q.device)
+    tma = architecture == 90 and q.element_size() == 2
+    masked = "mask" if mask is not None else "full" if reach == (None, None) else "edge"
+    config = configs.choose("flash_prefill", CONFIGS, (architecture, block_d, q.element_size(), masked), config)
+    sequences = 1 if cu_seqlens is None else len(cu_seqlens[0]) - 1
+    # tiles of packed sequences: each can waste a part of one
+    tiles = triton.cdiv(tokens, config.block_m) + (0 if cu_seqlens is None else sequences)
+    kv_bytes = 2 * keys * head_dim * q.element_size()
+    together = min(batch * heads, group_size * max(1, L2_BYTES // max(1, kv_bytes)))
+    cu_q, cu_k = cu_seqlens or (None, None)
+
+    flash_prefill_kernel[(tiles * batch * heads,)](
+        *((_descriptor(q, config.block_m, block_d), _descriptor(k, config.block_n, block_d),
+           _descriptor(v, config.block_n, block_d)) if tma else (q, k, v)),
+        out, lse, mask, alibi_slopes, sinks, cu_q, cu_k,
+        *strides_of(q), *strides_of(k), *strides_of(v), *out.stride()[:3],
+        *((0, 0) if lse is None else lse.stride()[:2]), *mask_strides,
+        tokens, keys, sequences, heads, tiles, together, q_start, group_size, kv_start, scale, softcap or 0.0,
+        left or 0, right or 0,
+        D=q.shape[3], D_OUT=head_dim, ALIGN=16 // q.element_size(), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d,
+        BLOCK_B=triton.next_power_of_2(sequences), TMA=tma, VARLEN=cu_seqlens is not None, MASK=kind,
+        HAS_LEFT=left is not None, HAS_RIGHT=right is not None, HAS_SOFTCAP=softcap is not None,
+        HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_LSE=return_lse,
+        RAW=softcap is None and alibi_slopes is None and kind != ADDITIVE_MASK.value and scale > 0,
+        UPCAST=configs.interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [B, S, H, D] with 16-byte aligned base and strides, as the copy engine and wide loads want it.
+
+    Views of a packed qkv tensor are, and are returned as they are; a copy with D padded by 0 otherwise (odd D, mostly).
+    """
+    unit = 16 // x.element_size()
+    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    fits = x.stride(3) == 1 and x.shape[3] % unit == 0 and x.data_ptr() % 16 == 0
+    if fits and all(stride > 0 and stride % unit == 0 for stride in strides):
+        return x
+    return F.pad(x, (0, -x.shape[3] % unit)).contiguous()
+
+
+def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """x [B, S, H, D] as [B, H, S, D], to be read `rows` tokens of one head at a time."""
+    batch, tokens, heads, head_dim = x.shape
+    stride_b, stride_t, stride_h = strides_of(x)
+    return TensorDescriptor(
+        x, [batch, heads, tokens, head_dim], [stride_b, stride_h, stride_t, 1], [1, 1, rows, block_d]
+    )
+
+
+def strides_of(x: Tensor) -> list[int]:
+    """Strides of the first three dimensions; one that is never taken may be anything, so let it be an aligned one."""
+    return [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
