@@ -83,7 +83,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=25 if DEVICE == "cpu" else 60, deadline=None, print_blob=True)
+@settings(max_examples=25, deadline=None, print_blob=True)
 @given(problem=problems())
 def test_random_problems(problem: dict[str, Any]) -> None:
     torch.manual_seed(problem["seed"])

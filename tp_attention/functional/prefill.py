@@ -10,11 +10,25 @@ from torch import Tensor
 from tp_attention import eager, masks
 from tp_attention.functional.backends import choose_backend, refuse_grad
 from tp_attention.functional.checks import check_device, check_features, check_heads
+from tp_attention.functional.library import traceable
 from tp_attention.masks import Window
 
 MAX_HEAD_DIM = 256  # of the kernels: a block of wider heads no longer fits the registers
 
 
+def _fake_attention(q: Tensor, return_lse: bool, **_: Any) -> list[Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return [out, lse] if return_lse else [out]
+
+
+def _fake_attention_varlen(q: Tensor, return_lse: bool, **_: Any) -> list[Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return [out, lse] if return_lse else [out]
+
+
+@traceable(_fake_attention)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -71,6 +85,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@traceable(_fake_attention_varlen)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
