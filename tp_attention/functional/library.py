@@ -76,14 +76,15 @@ def traceable(
 
         @functools.wraps(function)
         def wrapper(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-            if not torch.compiler.is_compiling() and type(args[0]) is not FakeTensor:
+            first = args[0] if args else keywords.get(names[0])
+            if not torch.compiler.is_compiling() and type(first) is not FakeTensor:
                 return function(*args, **keywords)
             values: dict[str, Any] = {**defaults, **dict(zip(names, args, strict=False)), **keywords}
             for name in windows:
                 if (window := values[name]) is not None:
                     values[name] = [-1 if side is None else side for side in window]
             results = operator(*values.values())
-            return results if single else results[0] if len(results) == 1 else tuple(results)
+            return results if single else results[0] if len(results) == 1 else tuple(results)  # type: ignore[return-value]
 
         return wrapper
 

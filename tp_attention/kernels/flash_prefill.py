@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_attention.kernels import configs
+from tp_attention.kernels.launch import launch
 from tp_attention.kernels.scores import (
     ADDITIVE_MASK,
     LN2,
@@ -44,7 +46,8 @@ class Config:
 # (architecture, padded head dim, bytes per element, what is masked: nothing, the edges or, by a mask, everything)
 KINDS = ("full", "edge", "mask")
 CONFIGS = {
-    **{(90, d, 2, kind): Config(128, 128, 8, 2) for d in (16, 32, 64, 128) for kind in ("full", "edge")},
+    **{(90, d, 2, kind): Config(64, 128, 4, 2) for d in (16, 32, 64) for kind in ("full", "edge")},
+    **{(90, 128, 2, kind): Config(128, 64, 4, 2) for kind in ("full", "edge")},
     **{(90, d, 2, "mask"): Config(128, 64, 8, 2) for d in (16, 32, 64, 128)},
     **{(90, 256, 2, kind): Config(128, 64, 8, 2) for kind in ("full", "edge")},
     (90, 256, 2, "mask"): Config(128, 32, 8, 2),
@@ -275,7 +278,7 @@ def flash_attention(
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     q, k, v = aligned(q), aligned(k), aligned(v)
     left, right = reach
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
     architecture = configs.architecture(q.device)
     tma = architecture == 90 and q.element_size() == 2
@@ -283,25 +286,33 @@ def flash_attention(
     config = configs.choose("flash_prefill", CONFIGS, (architecture, block_d, q.element_size(), masked), config)
     sequences = 1 if cu_seqlens is None else len(cu_seqlens[0]) - 1
     # tiles of packed sequences: each can waste a part of one
-    tiles = triton.cdiv(tokens, config.block_m) + (0 if cu_seqlens is None else sequences)
+    tiles = -(-tokens // config.block_m) + (0 if cu_seqlens is None else sequences)
     kv_bytes = 2 * keys * head_dim * q.element_size()
     together = min(batch * heads, group_size * max(1, L2_BYTES // max(1, kv_bytes)))
     cu_q, cu_k = cu_seqlens or (None, None)
 
-    flash_prefill_kernel[(tiles * batch * heads,)](
-        *((_descriptor(q, config.block_m, block_d), _descriptor(k, config.block_n, block_d),
-           _descriptor(v, config.block_n, block_d)) if tma else (q, k, v)),
-        out, lse, mask, alibi_slopes, sinks, cu_q, cu_k,
-        *strides_of(q), *strides_of(k), *strides_of(v), *out.stride()[:3],
+    qkv: tuple[Any, ...] = (q, k, v)
+    if tma:
+        blocks = config.block_m, config.block_n, config.block_n
+        qkv = tuple(_descriptor(x, rows, block_d) for x, rows in zip(qkv, blocks, strict=True))
+    args = (
+        *qkv, out, lse, mask, alibi_slopes, sinks, cu_q, cu_k,
+        *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out),
         *((0, 0) if lse is None else lse.stride()[:2]), *mask_strides,
         tokens, keys, sequences, heads, tiles, together, q_start, group_size, kv_start, scale, softcap or 0.0,
         left or 0, right or 0,
-        D=q.shape[3], D_OUT=head_dim, ALIGN=16 // q.element_size(), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d,
-        BLOCK_B=triton.next_power_of_2(sequences), TMA=tma, VARLEN=cu_seqlens is not None, MASK=kind,
+    )  # fmt: skip
+    constexprs = dict(
+        D=q.shape[3], D_OUT=head_dim, ALIGN=16 // q.element_size(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=block_d, BLOCK_B=1 << (sequences - 1).bit_length(), TMA=tma, VARLEN=cu_seqlens is not None, MASK=kind,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, HAS_SOFTCAP=softcap is not None,
         HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_LSE=return_lse,
         RAW=softcap is None and alibi_slopes is None and kind != ADDITIVE_MASK.value and scale > 0,
-        UPCAST=configs.interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+        UPCAST=configs.interpreted(),
+    )  # fmt: skip
+    launch(
+        flash_prefill_kernel, (tiles * batch * heads,), q.device, args, constexprs,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
 

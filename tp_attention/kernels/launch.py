@@ -1,0 +1,78 @@
+"""Launching a kernel on its tensors' device, and the second time without Triton's look-up of what to run.
+
+Triton derives that anew from every argument on every call, in Python: some 50 µs for an attention kernel, more than
+many of them run. Here the same is looked up by one tuple, then the compiled kernel is called directly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    args: Sequence[Any],
+    constexprs: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """kernel[grid](*args, **constexprs, **options) on `device`, where the tensors are; nothing for an empty grid.
+
+    args: the kernel's parameters before its constexprs, in order. constexprs: all of these, in order.
+    """
+    if 0 in grid:
+        return
+    if device.type != "cuda":  # the interpreter, or a test that compiles for a GPU which is not here
+        kernel[grid](*args, **constexprs, **options)
+    elif device.index == torch.cuda.current_device():
+        _launch(kernel, grid, args, constexprs, options, device.index)
+    else:
+        with torch.cuda.device(device):
+            _launch(kernel, grid, args, constexprs, options, device.index)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Sequence[Any],
+    constexprs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    device: int,
+) -> None:
+    specialised = _specialised(kernel)
+    key = (
+        kernel, device, *constexprs.values(), *options.values(),
+        *[_kind(arg, special) for arg, special in zip(args, specialised, strict=False)],
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **constexprs, **options)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*args, *constexprs.values())
+
+
+def _kind(arg: Any, specialised: bool) -> Any:
+    """What Triton's compilation depends on of an argument."""
+    if isinstance(arg, int):
+        if specialised and (arg == 1 or arg % 16 == 0):
+            return 1 if arg == 1 else 16 if arg < 2**31 else 32
+        return arg < 2**31
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if arg is None or isinstance(arg, float):
+        return type(arg)
+    return arg.base.dtype, tuple(arg.block_shape)  # a TensorDescriptor
+
+
+@functools.cache
+def _specialised(kernel: JITFunction) -> tuple[bool, ...]:
+    return tuple(not parameter.do_not_specialize for parameter in kernel.params)
