@@ -91,27 +91,23 @@ def doctor() -> None:
 
 @app.command()
 def bench(
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="attention, decode, projections, materialised, generation. Default: all on a GPU, else generation.",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[list[str] | None, typer.Option(help="Rows whose names contain this; repeatable.")] = None,
     peers: Annotated[list[str] | None, typer.Option(help="Peers to run beside us; repeatable. Default: all.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = Path("benchmarks"),
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files and plots.")] = Path("benchmarks"),
+    plot: Annotated[bool, typer.Option(help="Draw kernel benchmarks as PNG files too (needs matplotlib).")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes: a dry run, of use without a GPU.")] = False,
 ) -> None:
     """Measure, beside the peers, in one run; every row is appended to a CSV file as it is done."""
-    import torch
+    from tp_attention.bench import command
 
-    from tp_attention.bench import generation
-    from tp_attention.bench.results import append
-
-    known = list(generation.PROMPTS)
-    chosen = [name for name in known if rows is None or any(part in name for part in rows)]
-    if not chosen:
-        raise ValueError(f"no row matches {rows}; known: {', '.join(known)}")
-    if unknown := set(peers or ()) - set(generation.PEERS):
-        raise ValueError(f"unknown peers {sorted(unknown)}; known: {', '.join(generation.PEERS)}")
-    device = torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
-    for measured in generation.measure(chosen, generation.PEERS if peers is None else peers, device):
-        append(out / "generation.csv", measured)
-        for row in measured:
-            print(row, flush=True)
+    command.bench(benchmarks or [], rows, peers, out, plot, tiny)
 
 
 def _on_ranks(tp: int | None, job: Callable[..., Any], *args: Any) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tp_attention import functional
 from tp_attention.config import AttentionConfig
-from tp_attention.rope import apply_rope
 from tp_attention.sharding import ShardPlan
 
 
@@ -42,19 +41,23 @@ class QKVGemmOp:
         """
         config = self.config
         qkv = functional.norm_qkv(
-            x, weight, bias, norm=config.norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=config.norm_eps
+            x,
+            weight,
+            bias,
+            norm=config.norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=config.norm_eps,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            qk_norm=config.qk_norm,
+            q_norm_weight=q_norm_weight,
+            k_norm_weight=k_norm_weight,
+            rope=rope,
+            interleaved=self.interleaved,
         ).unflatten(-1, (-1, config.head_dim))
-        qk, v = qkv.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if config.qk_norm is None:  # q and k turn as one tensor: half the launches
-            q, k = self._turn(qk, rope).split_with_sizes([self.heads, self.kv_heads], dim=2)
-            return q, k, v
-        q, k = qk.split_with_sizes([self.heads, self.kv_heads], dim=2)
-        q = functional.norm(q, q_norm_weight, kind=config.qk_norm, eps=config.norm_eps)
-        k = functional.norm(k, k_norm_weight, kind=config.qk_norm, eps=config.norm_eps)
-        return self._turn(q, rope), self._turn(k, rope), v
-
-    def _turn(self, heads: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        return heads if rope is None else apply_rope(heads, *rope, interleaved=self.interleaved)
+        q, k, v = qkv.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        return q, k, v
 
 
 class SoftmaxContextOp:

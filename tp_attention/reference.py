@@ -77,6 +77,22 @@ def attention(
     return out, lse
 
 
+def probabilities(q: Tensor, k: Tensor, **keywords: Any) -> Tensor:
+    """What `attention` weighs the values of each key by: q [B, T, Hq, D], k [B, S, Hkv, D] -> [B, Hq, T, S], fp64."""
+    keys, head_dim = k.shape[1], q.shape[3]
+    columns = []
+    for first in range(0, keys, head_dim):  # values that are rows of an identity come out as these keys' weights
+        v = torch.zeros_like(k, dtype=torch.float64)
+        for j in range(first, min(first + head_dim, keys)):
+            v[:, j, :, j - first] = 1
+        columns.append(attention(q, k, v, **keywords)[0])
+    return (
+        torch.cat(columns, dim=3)[..., :keys].transpose(1, 2)
+        if columns
+        else q.new_zeros(q.shape[0], q.shape[2], q.shape[1], 0, dtype=torch.float64)
+    )
+
+
 def norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None = None, kind: str = "rmsnorm", eps: float = 1e-5
 ) -> Tensor:

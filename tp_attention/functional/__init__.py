@@ -10,7 +10,23 @@ enabled grad raises RuntimeError.
 """
 
 from tp_attention.functional.backends import BACKENDS, choose_backend
+from tp_attention.functional.decode import append_kv, attention_decode
 from tp_attention.functional.prefill import attention, attention_varlen
 from tp_attention.functional.projections import linear, norm, norm_qkv
+from tp_attention.functional.softmax_context import context_4d_matmul, score_4d_matmul, softmax, softmax_context
 
-__all__ = ["BACKENDS", "attention", "attention_varlen", "choose_backend", "linear", "norm", "norm_qkv"]
+__all__ = [
+    "BACKENDS",
+    "append_kv",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "choose_backend",
+    "context_4d_matmul",
+    "linear",
+    "norm",
+    "norm_qkv",
+    "score_4d_matmul",
+    "softmax",
+    "softmax_context",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tp_attention.config import DTYPES, NORMS
@@ -108,3 +109,95 @@ def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
         raise ValueError(
             f"{name} is on {tensor.device}, the rest on {other.device}; move it with .to({str(other.device)!r})"
         )
+
+
+def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, weight_scale: Tensor | None) -> int:
+    """The columns of x @ weightᵀ, where x, weight, bias and scales fit each other."""
+    if not transposed and weight_scale is None and weight.dtype != torch.int8:
+        check_linear(x, weight, bias)
+        return weight.shape[0]
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[0 if transposed else 1 :][:1]:
+        expected = "[in, out] (transposed)" if transposed else "[out, in]"
+        raise ValueError(
+            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; expected [..., in] and {expected}"
+        )
+    columns = weight.shape[1 if transposed else 0]
+    if weight_scale is None and weight.dtype != torch.int8:
+        check_like("weight", weight, "x", x)
+    else:
+        check_scale(x, weight, transposed, weight_scale)
+    if bias is not None:
+        if bias.shape != (columns,):
+            raise ValueError(f"bias has shape {list(bias.shape)}; expected [out] = [{columns}]")
+        check_like("bias", bias, "x", x)
+    return columns
+
+
+def check_scale(x: Tensor, weight: Tensor, transposed: bool, scale: Tensor | None) -> None:
+    if transposed:
+        raise ValueError(f"an int8 weight {list(weight.shape)} must be [out, in]; pass weight.T and transposed=False")
+    if scale is None or weight.dtype != torch.int8:
+        raise ValueError(
+            f"weight is {weight.dtype}, weight_scale {None if scale is None else list(scale.shape)}; an int8 weight "
+            "needs weight_scale [out, in / group], and no other takes one"
+        )
+    out, depth = weight.shape
+    if scale.dim() != 2 or scale.shape[0] != out or not scale.shape[1] or depth % scale.shape[1]:
+        raise ValueError(
+            f"weight_scale {list(scale.shape)} does not fit weight {[out, depth]}; expected [{out}, {depth} / group] "
+            f"with a group that divides {depth}"
+        )
+    if scale.dtype != torch.float32:
+        raise ValueError(f"weight_scale is {scale.dtype}; convert it to torch.float32")
+    check_like("x", x, "x", x)
+    check_device("weight", weight, x)
+    check_device("weight_scale", scale, x)
+
+
+def check_qkv_heads(
+    x: Tensor,
+    rows: int,
+    heads: int | None,
+    kv_heads: int | None,
+    qk_norm: str | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+) -> tuple[int, int, int]:
+    """heads, kv_heads and head_dim, where q/k norm and RoPE fit qkv [B, T, rows]."""
+    if heads is None or kv_heads is None:
+        raise ValueError(f"qk_norm and rope need heads and kv_heads; heads={heads}, kv_heads={kv_heads}")
+    if heads < 1 or kv_heads < 1 or rows % (heads + 2 * kv_heads):
+        raise ValueError(
+            f"weight has {rows} rows, no multiple of {heads} + 2·{kv_heads} heads (q, k and v); correct heads, kv_heads"
+        )
+    head_dim = rows // (heads + 2 * kv_heads)
+    if qk_norm is None and (q_norm_weight is not None or k_norm_weight is not None):
+        raise ValueError(f"q_norm_weight and k_norm_weight need qk_norm; pass it as one of {', '.join(NORMS)}")
+    if qk_norm is not None and qk_norm not in NORMS:
+        raise ValueError(f"unknown qk_norm {qk_norm!r}; use one of {', '.join(NORMS)}")
+    for name, vector in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
+        if vector is not None:
+            if vector.shape != (head_dim,):
+                raise ValueError(f"{name} has shape {list(vector.shape)}; expected [head_dim] = [{head_dim}]")
+            check_like(name, vector, "x", x)
+    if rope is not None:
+        cos, sin = rope
+        if (
+            x.dim() != 3
+            or cos.dim() != 3
+            or cos.shape != sin.shape
+            or cos.shape[0] not in (1, x.shape[0])
+            or (cos.shape[1] != x.shape[1])
+        ):
+            raise ValueError(
+                f"rope's cos {list(cos.shape)} and sin {list(sin.shape)} do not fit x {list(x.shape)}; expected "
+                "[B or 1, T, n] and [B, T, E]"
+            )
+        if not 0 < 2 * cos.shape[2] <= head_dim:
+            raise ValueError(f"rope turns {2 * cos.shape[2]} elements of a head of {head_dim}; cut cos and sin")
+        for name, angles in (("cos", cos), ("sin", sin)):
+            if angles.dtype != torch.float32:
+                raise ValueError(f"rope's {name} is {angles.dtype}; convert it to torch.float32")
+            check_device(name, angles, x)
+    return heads, kv_heads, head_dim

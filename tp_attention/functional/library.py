@@ -42,11 +42,12 @@ def traceable(
     """Make an operator of a function whose first argument is a Tensor and which returns one Tensor or a tuple of them.
 
     fake: called with the function's arguments by name, and returns empty contiguous outputs. mutates: the arguments
-    that are written to; the function has a single output then. Outputs may not share memory with any argument.
+    that are written to; the function has a single output then. A keyword `out`, which the function writes and returns,
+    is no argument of the operator: being traced, the result is copied to it.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        parameters = inspect.signature(function).parameters
+        parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "out"}
         names, defaults = list(parameters), {name: p.default for name, p in parameters.items()}
         windows = [name for name, p in parameters.items() if p.annotation == "Window | None"]
         types = {name: _TYPES[p.annotation] for name, p in parameters.items()}
@@ -59,7 +60,10 @@ def traceable(
             keywords = dict(zip(names, values, strict=True))
             given = [keywords.pop(name) for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
             results: Any = function(*given, **keywords)  # type: ignore[arg-type]
-            outputs = [x.contiguous() for x in (results if isinstance(results, tuple) else (results,))]  # as the fake's
+            outputs = [
+                x.clone() if any(x is value for value in values) else x.contiguous()  # an operator's are its own
+                for x in (results if isinstance(results, tuple) else (results,))
+            ]
             return outputs[0] if single else outputs
 
         def shapes(*values: Any) -> Any:
@@ -83,7 +87,10 @@ def traceable(
             for name in windows:
                 if (window := values[name]) is not None:
                     values[name] = [-1 if side is None else side for side in window]
+            out = values.pop("out", None)
             results = operator(*values.values())
+            if out is not None:
+                return out.copy_(results[0])
             return results if single else results[0] if len(results) == 1 else tuple(results)  # type: ignore[return-value]
 
         return wrapper

@@ -73,9 +73,10 @@ def masked_scores(
 @triton.jit
 def reach_mask(o_i, o_j, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which keys these rows may see: [M, N] (or [1, N]) bool. o_i, o_j: positions; left, right: reach from o_i."""
-    keep = (o_j < keys)[None, :]
-    if HAS_RIGHT:
-        keep = keep & (o_j[None, :] <= o_i[:, None] + right)
+    if HAS_RIGHT:  # one comparison for both: a block at the edge is short of registers
+        keep = o_j[None, :] < tl.minimum(o_i + (right + 1), keys)[:, None]
+    else:
+        keep = (o_j < keys)[None, :]
     if HAS_LEFT:
         keep = keep & (o_j[None, :] >= o_i[:, None] - left)
     return keep
