@@ -11,11 +11,22 @@ from torch import Tensor
 from tp_attention.eager import decode as eager
 from tp_attention.functional.backends import choose_backend, refuse_grad
 from tp_attention.functional.checks import check_device, check_features, check_like
+from tp_attention.functional.library import traceable
 from tp_attention.masks import Window
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # what a cache may hold besides q's dtype
 
 
+def _fake_attention_decode(q: Tensor, return_lse: bool, **_: Any) -> list[Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return [q.new_empty(q.shape), lse] if return_lse else [q.new_empty(q.shape)]
+
+
+def _fake_append_kv(q: Tensor, **_: Any) -> list[Tensor]:
+    return [q.new_empty(q.shape)]
+
+
+@traceable(_fake_attention_decode)
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -85,6 +96,7 @@ def attention_decode(
     )
 
 
+@traceable(_fake_append_kv, mutates=("k_cache", "v_cache", "k_scale", "v_scale"))
 def append_kv(
     q: Tensor,
     k: Tensor,
