@@ -142,12 +142,11 @@ def attention_varlen(
     refuse_grad(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks)
     from tp_attention.kernels.flash_prefill import flash_attention
 
-    left, right = (None if side == -1 else side for side in window or (None, None))
     out, lse = flash_attention(
         q,
         k,
         v,
-        reach=(left, 0 if causal else right),
+        reach=masks.effective_window(len(q), len(k), causal, window),  # no sequence is longer
         cu_seqlens=(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
         **features,
     )

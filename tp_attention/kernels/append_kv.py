@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tp_attention.kernels import configs
 from tp_attention.kernels.flash_decode import HEAD_SCALE, TOKEN_SCALE, scale_kind, scale_strides
+from tp_attention.kernels.launch import launch
 
 HEADS = 4  # of a program: one warp's worth of 16-byte loads at D = 64
 
@@ -144,14 +145,17 @@ def append_kv(
         largest = 127.0 if k_cache.dtype == torch.int8 else torch.finfo(k_cache.dtype).max
     # the interpreter's rounding to fp8 loses carries
     rounding = "rtz" if configs.interpreted() and largest not in (None, 127.0) else None
-    append_kv_kernel[(batch * tokens, triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS))](
+    args = (
         q, k, v, out, k_cache, v_cache, lengths, block_table, cos, sin, k_scale, v_scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         0 if block_table is None else block_table.stride(0), *cos_strides,
         *scale_strides(k_scale), *scale_strides(v_scale),
         tokens, capacity, heads, kv_heads, 0 if cos is None else cos.shape[2],
-        D=head_dim, PAGE=page, INTERLEAVED=interleaved, LARGEST=largest, K_SCALE=scale_kind(k_scale),
-        V_SCALE=scale_kind(v_scale), ROUNDING=rounding, HEADS=HEADS, BLOCK_D=triton.next_power_of_2(head_dim),
-        num_warps=1,
     )  # fmt: skip
+    constexprs = dict(
+        D=head_dim, PAGE=page, INTERLEAVED=interleaved, LARGEST=largest, K_SCALE=scale_kind(k_scale),
+        V_SCALE=scale_kind(v_scale), ROUNDING=rounding, HEADS=HEADS, BLOCK_D=1 << (head_dim - 1).bit_length(),
+    )  # fmt: skip
+    grid = (batch * tokens, -(-heads // HEADS) - (-kv_heads // HEADS))
+    launch(append_kv_kernel, grid, q.device, args, constexprs, num_warps=1)
     return out

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tp_attention import masks
 from tp_attention.kernels import configs
+from tp_attention.kernels.launch import launch
 from tp_attention.kernels.scores import (
     ADDITIVE_MASK,
     BOOL_MASK,
@@ -321,7 +322,7 @@ def flash_decode(
     if not out.numel():
         return (out, lse) if lse is not None else out
 
-    architecture, block_d = configs.architecture(q.device), max(16, triton.next_power_of_2(head_dim))
+    architecture, block_d = configs.architecture(q.device), max(16, 1 << (head_dim - 1).bit_length())
     key = (architecture, block_d, q.element_size(), k.element_size(), rows > 16)
     config = configs.choose("flash_decode", CONFIGS, key, config)
     block_n = config.block_n if mask is None else min(64, config.block_n)  # a mask takes registers, too
@@ -340,27 +341,33 @@ def flash_decode(
     if mask is not None:
         mask = mask[:, None, None] if mask.dim() == 2 else mask
         mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    flash_decode_kernel[(batch * kv_heads * tiles, splits)](
+    args = (
         q, k, v, parts, part_lse, lengths, block_table, mask, alibi_slopes, sinks, k_scale, v_scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if block_table is None else block_table.stride(0),
         *scale_strides(k_scale), *scale_strides(v_scale), *(mask_strides if mask is not None else (0, 0, 0, 0)),
         tokens, keys, heads, kv_heads, tiles, first - kv_start, q_start - first * group,
         1 / math.sqrt(head_dim) if scale is None else scale, softcap, left, right,
+    )  # fmt: skip
+    constexprs = dict(
         D=head_dim, GROUP=group, SPAN=span, PAGE=page,
         MASK=NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK,
         K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale),
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_D=block_d, SPLIT=split, PDL=pdl,
-        UPCAST=configs.interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+        UPCAST=configs.interpreted(),
+    )  # fmt: skip
+    launch(
+        flash_decode_kernel, (batch * kv_heads * tiles, splits), q.device, args, constexprs,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
-        block_s = max(16, triton.next_power_of_2(splits))
+        block_s = max(16, 1 << (splits - 1).bit_length())
         # few rows: their columns over several programs, so that they fill the GPU
         block = min(block_d, 8192 // block_s, 32 if batch * tokens * heads < 128 else block_d)
         options = {"launch_pdl": True} if pdl else {}
-        combine_splits_kernel[(batch * tokens * heads, -(-head_dim // block))](
-            parts, part_lse, out, lse, sinks, tokens, heads, splits,
-            D=head_dim, BLOCK_S=block_s, BLOCK_D=block, PDL=pdl, num_warps=4, **options,
-        )  # fmt: skip
+        args = (parts, part_lse, out, lse, sinks, tokens, heads, splits)
+        constexprs = dict(D=head_dim, BLOCK_S=block_s, BLOCK_D=block, PDL=pdl)
+        grid = (batch * tokens * heads, -(-head_dim // block))
+        launch(combine_splits_kernel, grid, q.device, args, constexprs, num_warps=4, **options)
     return (out, lse) if lse is not None else out
 
 

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_attention.kernels import configs
+from tp_attention.kernels.launch import launch
 
 
 @dataclass(frozen=True)
@@ -227,24 +228,28 @@ def gemm(
         x_tma, w_tma = x_tma and even, w_tma and group % 16 == 0
     store = min(block_n, config.store if out_tma else POINTER_STORE)
     pdl = architecture == 90
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n + tail)
+    tiles = -(-rows // block_m) * -(-columns // (block_n + tail))
 
     def weight_blocks(width: int) -> Tensor | TensorDescriptor:
         return _descriptor(weight, *((block_k, width) if transposed else (width, block_k))) if w_tma else weight
 
-    gemm_kernel[(min(tiles, processors * config.blocks),)](
+    args = (
         _descriptor(x, block_m, block_k) if x_tma else x,
         weight_blocks(block_n), weight_blocks(tail) if tail else None,
         _descriptor(out, block_m, store) if out_tma else out,
         (_descriptor(out, block_m, tail) if out_tma else out) if tail else None,
         None if bias is None else bias.contiguous(), weight_scale,
         rows, columns, depth, x.stride(0), stride_n, stride_k, out.stride(0),
+    )  # fmt: skip
+    constexprs = dict(
         GROUP=group, HAS_BIAS=bias is not None, W_TRANSPOSED=transposed, EVEN_K=even,
         X_TMA=x_tma, W_TMA=w_tma, OUT_TMA=out_tma, PDL=pdl, UPCAST=configs.interpreted(),
         DTYPE=DTYPES[x.dtype], BLOCK_M=block_m, BLOCK_N=block_n, TAIL=tail, BLOCK_K=block_k,
         GROUP_M=config.group_m, STORE=store, FLATTEN=config.flatten,
-        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+    grid = (min(tiles, processors * config.blocks),)
+    options = {"launch_pdl": True} if pdl else {}
+    launch(gemm_kernel, grid, x.device, args, constexprs, num_warps=config.warps, num_stages=config.stages, **options)
     return out
 
 

@@ -55,6 +55,8 @@ def _launch(
     )  # fmt: skip
     compiled = _compiled.get(key)
     if compiled is None:
+        if [*constexprs] != kernel.arg_names[len(args) :]:
+            raise TypeError(f"{kernel.__name__} takes {kernel.arg_names[len(args) :]}, got {[*constexprs]}")
         _compiled[key] = kernel[grid](*args, **constexprs, **options)
     else:
         compiled[(*grid, 1, 1)[:3]](*args, *constexprs.values())

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_attention.kernels import configs
+from tp_attention.kernels.launch import launch
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,13 @@ def norm(
     weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if out is None else out
     architecture = configs.architecture(x.device)
-    size = min(max(256, triton.next_power_of_2(columns)), 32768)
+    size = min(max(256, 1 << (columns - 1).bit_length()), 32768)
     config = configs.choose("norm", CONFIGS, (architecture, size), config)
-    norm_kernel[(triton.cdiv(rows, config.rows),)](
-        x, weight, bias, out, rows, columns, x.stride(0), out.stride(0), eps,
+    args = (x, weight, bias, out, rows, columns, x.stride(0), out.stride(0), eps)
+    constexprs = dict(
         LAYERNORM=kind == "layernorm", HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         ONE_PASS=columns <= config.block_k, EVEN=columns % config.block_k == 0, PDL=architecture == 90,
-        ROWS=config.rows, BLOCK_K=config.block_k, num_warps=config.warps,
+        ROWS=config.rows, BLOCK_K=config.block_k,
     )  # fmt: skip
+    launch(norm_kernel, (-(-rows // config.rows),), x.device, args, constexprs, num_warps=config.warps)
     return out

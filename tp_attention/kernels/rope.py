@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_attention.kernels import configs
+from tp_attention.kernels.launch import launch
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,14 @@ def qk_norm_rope_(
     config = configs.choose("rope", CONFIGS, (configs.architecture(qkv.device),), config)
     heads = q_heads + kv_heads
     per_program = min(triton.next_power_of_2(heads), max(1, config.elements // triton.next_power_of_2(head_dim)))
-    qk_norm_rope_kernel[qkv.shape[0], triton.cdiv(heads, per_program)](
+    args = (
         qkv, q_norm_weight, k_norm_weight, cos, sin,
         q_heads, heads, cos.shape[0] if cos is not None else 1, qkv.stride(0), eps,
+    )  # fmt: skip
+    constexprs = dict(
         QK_NORM=0 if qk_norm is None else 1 if qk_norm == "rmsnorm" else 2,
         HAS_Q_WEIGHT=q_norm_weight is not None, HAS_K_WEIGHT=k_norm_weight is not None,
         D=head_dim, PAIRS=pairs, INTERLEAVED=interleaved, HEADS=per_program, BLOCK_P=block_p, BLOCK_R=block_r,
-        num_warps=config.warps,
     )  # fmt: skip
+    grid = (qkv.shape[0], -(-heads // per_program))
+    launch(qk_norm_rope_kernel, grid, qkv.device, args, constexprs, num_warps=config.warps)

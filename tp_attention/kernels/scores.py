@@ -73,10 +73,9 @@ def masked_scores(
 @triton.jit
 def reach_mask(o_i, o_j, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which keys these rows may see: [M, N] (or [1, N]) bool. o_i, o_j: positions; left, right: reach from o_i."""
-    if HAS_RIGHT:  # one comparison for both: a block at the edge is short of registers
-        keep = o_j[None, :] < tl.minimum(o_i + (right + 1), keys)[:, None]
-    else:
-        keep = (o_j < keys)[None, :]
+    # one comparison for the end and the right: a block at the edge is short of registers
+    end = tl.minimum(o_i + (right + 1), keys)[:, None] if HAS_RIGHT else keys
+    keep = o_j[None, :] < end
     if HAS_LEFT:
         keep = keep & (o_j[None, :] >= o_i[:, None] - left)
     return keep
