@@ -146,7 +146,7 @@ def attention_varlen(
         q,
         k,
         v,
-        reach=masks.effective_window(len(q), len(k), causal, window),  # no sequence is longer
+        reach=masks.effective_window(q.shape[1], k.shape[1], causal, window),  # no sequence is longer
         cu_seqlens=(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
         **features,
     )
