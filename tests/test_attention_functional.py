@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.tolerances import TOLERANCE, assert_close
-from tp_attention import eager, functional, masks, reference
+from tp_attention import functional, masks, reference
 from tp_attention.config import DTYPES as ALL_DTYPES
 from tp_attention.config import NORMS
 

@@ -194,6 +194,11 @@ def _flash_fits(config: Any) -> bool:
     return config.block_m <= 32 * config.num_warps
 
 
+def _skinny_fits(config: Any) -> bool:
+    """Enough of the weights under way for an SM to keep the memory busy, and not more than it has room for."""
+    return 48 << 10 <= config.block_n * config.block_k * config.stages * 2 <= 208 << 10
+
+
 FAMILIES = {
     "flash_prefill": Family(
         _flash_prefill,
@@ -202,12 +207,19 @@ FAMILIES = {
     ),
     "flash_decode": Family(
         _flash_decode,
-        {"block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4), "programs": (1, 2, 3, 4)},
+        {"block_n": (32, 64, 128), "num_warps": (2, 4), "num_stages": (2, 3, 4, 5), "programs": (1, 2, 3, 4)},
         lambda config: config.num_warps > 2 or config.block_n <= 32,  # else they spill
     ),
     "skinny_gemm": Family(
         _skinny_gemm,
-        {"block_n": (32, 64, 128), "block_k": (64, 128, 256), "stages": (3, 4, 6), "blocks": (1, 2, 3, 4)},
+        {
+            "block_n": (64, 128, 256),
+            "block_k": (64, 128, 256),
+            "warps": (4, 8),
+            "stages": (3, 4, 6, 8),
+            "blocks": (1, 2, 3),
+        },
+        _skinny_fits,
     ),
     # not the tile's size, which the launcher picks by the problem's, and asks the table for the rest
     "gemm": Family(

@@ -113,7 +113,8 @@ def norm_qkv(
     if norm is not None and not deferred:
         from tp_attention.kernels.norm import norm as norm_rows
 
-        flat = norm_rows(flat, norm_weight, norm_bias, norm, eps)
+        # a normed x that is handed out has the bits of functional.norm's
+        flat = norm_rows(flat, norm_weight, norm_bias, norm, eps, round_once=not return_normed)
     cos, sin = (None, None) if rope is None else (angles.flatten(0, 1).contiguous() for angles in rope)
     if skinny:
         follows = None

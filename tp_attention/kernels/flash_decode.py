@@ -47,11 +47,12 @@ class Config:
 
 
 _DIMS = (16, 32, 64, 128, 256)
-# (architecture, padded head dim, bytes per element of q, of the cache, more than 16 query rows)
-CONFIGS = {
-    **{(90, d, 2, 2, False): Config(16, min(128, 8192 // d), 4, 4, 2) for d in _DIMS},
+# (architecture, padded head dim, bytes per element of q, of the cache, more than 16 query rows, as many programs as
+# multiprocessors without splits)
+_ENTRIES = {
+    **{(90, d, 2, 2, False): Config(16, min(64, 4096 // d), 4, 4, 2) for d in _DIMS},
     **{(90, d, 2, 1, False): Config(16, 128 if d == 64 else min(64, 8192 // d), 4, 4, 2) for d in _DIMS},
-    **{(90, d, 2, 2, True): Config(64, min(64, 8192 // d), 4, 3, 2) for d in _DIMS},
+    **{(90, d, 2, 2, True): Config(64, min(64, 8192 // d), 4, 4, 1) for d in _DIMS},
     **{(90, d, 2, 1, True): Config(64, 64 if d < 128 else 32, 8 if d > 128 else 4, 3, 2) for d in _DIMS},
     **{(80, d, 2, 2, False): Config(16, min(128, 8192 // d), 4, 3, 2) for d in _DIMS},
     **{(80, d, 2, 1, False): Config(16, min(128, 8192 // d), 4, 3, 2) for d in _DIMS},
@@ -65,6 +66,12 @@ CONFIGS = {
     **{(0, d, 4, 1, wide): Config(16, 16, 8 if d > 64 else 4, 1 if d > 64 else 2, 2)
        for d in _DIMS for wide in (False, True)},
 }  # fmt: skip
+CONFIGS = {
+    **{(*key, many): config for key, config in _ENTRIES.items() for many in (False, True)},
+    (90, 64, 2, 2, False, True): Config(16, 32, 2, 3, 1),
+    (90, 128, 2, 1, False, False): Config(16, 32, 4, 3, 2),
+    (90, 128, 2, 2, True, False): Config(64, 32, 4, 4, 1),
+}
 MAX_SPLITS = 256
 COMBINE_STEPS = 2  # what writing and combining partial results costs, in steps of the loop
 
@@ -323,7 +330,9 @@ def flash_decode(
         return (out, lse) if lse is not None else out
 
     architecture, block_d = configs.architecture(q.device), max(16, 1 << (head_dim - 1).bit_length())
-    key = (architecture, block_d, q.element_size(), k.element_size(), rows > 16)
+    # at most 16 rows take one tile, more at least one: the choice needs no more than that
+    many = batch * kv_heads >= configs.multiprocessors(q.device)
+    key = (architecture, block_d, q.element_size(), k.element_size(), rows > 16, many)
     config = configs.choose("flash_decode", CONFIGS, key, config)
     block_n = config.block_n if mask is None else min(64, config.block_n)  # a mask takes registers, too
     tiles = -(-rows // config.block_m)

@@ -57,13 +57,13 @@ class Config:
 
 # (architecture, what the weights are, columns of a tile)
 CONFIGS = {
-    (90, "half", 256): Config(128, 256, 0, 64, 8, 4, tma=True, flatten=True),
-    (90, "half", 192): Config(128, 128, 64, 64, 8, 4, tma=True),
-    (90, "half", 160): Config(128, 128, 32, 64, 8, 5, tma=True),
-    (90, "half", 128): Config(128, 128, 0, 64, 8, 5, tma=True, flatten=True),
+    (90, "half", 256): Config(128, 256, 0, 64, 8, 3, group_m=16, tma=True, flatten=True),
+    (90, "half", 192): Config(128, 128, 64, 64, 8, 5, blocks=2, store=64, tma=True),
+    (90, "half", 160): Config(128, 128, 32, 64, 8, 5, group_m=16, tma=True),
+    (90, "half", 128): Config(128, 128, 0, 64, 8, 5, group_m=16, tma=True),
     (90, "half", 64): Config(128, 64, 0, 64, 4, 6, tma=True, flatten=True),
     (90, "int8", 128): Config(256, 128, 0, 64, 8, 4, tma=True),
-    (90, "int8", 64): Config(128, 64, 0, 64, 4, 4, tma=True),
+    (90, "int8", 64): Config(128, 64, 0, 64, 4, 3, blocks=2, group_m=16, tma=True),
     (90, "float32", 64): Config(64, 64, 0, 16, 4, 3, blocks=2),
     (80, "half", 128): Config(128, 128, 0, 32, 8, 4, blocks=2),
     (80, "half", 64): Config(128, 64, 0, 32, 4, 4, blocks=2),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -58,16 +59,22 @@ def _launch(
         if [*constexprs] != kernel.arg_names[len(args) :]:
             raise TypeError(f"{kernel.__name__} takes {kernel.arg_names[len(args) :]}, got {[*constexprs]}")
         _compiled[key] = kernel[grid](*args, **constexprs, **options)
-    else:
-        compiled[(*grid, 1, 1)[:3]](*args, *constexprs.values())
+        return
+    values = *args, *constexprs.values()
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # profilers set these
+    metadata = compiled.launch_metadata((x, y, z), stream, *values)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *values)
 
 
 def _kind(arg: Any, specialised: bool) -> Any:
-    """What Triton's compilation depends on of an argument."""
+    """What Triton's compilation depends on of an argument. As text for integers: True, 1 and 1.0 are equal as keys."""
     if isinstance(arg, int):
-        if specialised and (arg == 1 or arg % 16 == 0):
-            return 1 if arg == 1 else 16 if arg < 2**31 else 32
-        return arg < 2**31
+        width = "i32" if -(2**31) <= arg < 2**31 else "i64"
+        if not specialised:
+            return width
+        return "1" if arg == 1 else width + "x16" if arg % 16 == 0 else width
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if arg is None or isinstance(arg, float):

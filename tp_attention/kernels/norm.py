@@ -70,14 +70,14 @@ def _centred(b_x, mean, start, K, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def _result(
     b_x, rstd, b_weight, b_bias,
-    LAYERNORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    ONCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm rounds wherever torch does: after the norm, the weight, the bias; LayerNorm once."""
+    """ONCE: rounded at the end alone. Otherwise wherever torch rounds an RMSNorm: after norm, weight and bias."""
     b_y = b_x * rstd[:, None]
     if HAS_WEIGHT:
-        b_y = (b_y if LAYERNORM else b_y.to(DTYPE).to(tl.float32)) * b_weight.to(tl.float32)
+        b_y = (b_y if ONCE else b_y.to(DTYPE).to(tl.float32)) * b_weight.to(tl.float32)
     if HAS_BIAS:
-        b_y = (b_y if LAYERNORM else b_y.to(DTYPE).to(tl.float32)) + b_bias.to(tl.float32)
+        b_y = (b_y if ONCE else b_y.to(DTYPE).to(tl.float32)) + b_bias.to(tl.float32)
     return b_y.to(DTYPE)
 
 
@@ -88,7 +88,8 @@ def norm_kernel(
     p_bias,  # [K]
     p_out,  # [M, K]
     M, K, stride_x, stride_out, eps,
-    LAYERNORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ONE_PASS: tl.constexpr,
+    LAYERNORM: tl.constexpr, ONCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ONE_PASS: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -107,7 +108,7 @@ def norm_kernel(
         if LAYERNORM:
             b_x = _centred(b_x, tl.sum(b_x, 1) / K, 0, K, EVEN, BLOCK_K)
         rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / K + eps)
-        b_y = _result(b_x, rstd, b_weight, b_bias, LAYERNORM, HAS_WEIGHT, HAS_BIAS, DTYPE)
+        b_y = _result(b_x, rstd, b_weight, b_bias, ONCE, HAS_WEIGHT, HAS_BIAS, DTYPE)
         m = m_m[:, None] if EVEN else m_m[:, None] & (o_k < K)[None, :]
         tl.store(p_out_rows[:, None] + o_k[None, :], b_y, mask=m)
     else:
@@ -125,7 +126,7 @@ def norm_kernel(
             b_x = _centred(_rows(p_rows, m_m, start, K, EVEN, BLOCK_K), mean, start, K, EVEN, BLOCK_K)
             b_weight = _columns(p_weight, start, K, HAS_WEIGHT, EVEN, BLOCK_K)
             b_bias = _columns(p_bias, start, K, HAS_BIAS, EVEN, BLOCK_K)
-            b_y = _result(b_x, rstd, b_weight, b_bias, LAYERNORM, HAS_WEIGHT, HAS_BIAS, DTYPE)
+            b_y = _result(b_x, rstd, b_weight, b_bias, ONCE, HAS_WEIGHT, HAS_BIAS, DTYPE)
             m = m_m[:, None] if EVEN else m_m[:, None] & (start + o_k < K)[None, :]
             tl.store(p_out_rows[:, None] + start + o_k[None, :], b_y, mask=m)
 
@@ -137,12 +138,14 @@ def norm(
     kind: str,
     eps: float,
     *,
+    round_once: bool = False,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """functional.norm by the kernel: x [M, K], weight and bias [K] or None -> [M, K] in x's dtype.
 
-    kind: "rmsnorm" or "layernorm". out: [M, K] with unit stride in a row, written and returned.
+    kind: "rmsnorm" or "layernorm". round_once: an RMSNorm too is rounded at the end alone, which is more exact, but has
+    not the bits of torch's. out: [M, K] with unit stride in a row, written and returned.
     """
     rows, columns = x.shape
     if x.stride(1) != 1:
@@ -154,7 +157,8 @@ def norm(
     config = configs.choose("norm", CONFIGS, (architecture, size), config)
     args = (x, weight, bias, out, rows, columns, x.stride(0), out.stride(0), eps)
     constexprs = dict(
-        LAYERNORM=kind == "layernorm", HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        LAYERNORM=kind == "layernorm", ONCE=round_once or kind == "layernorm",
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         ONE_PASS=columns <= config.block_k, EVEN=columns % config.block_k == 0, PDL=architecture == 90,
         ROWS=config.rows, BLOCK_K=config.block_k,
     )  # fmt: skip

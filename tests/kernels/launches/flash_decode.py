@@ -102,9 +102,9 @@ LAUNCHES = {
     "many rows, int8, wide head": decode(1, 32, 8, 8192, 256, tokens=16, cache=INT8, scale="head"),
     "every feature": every_feature(2, 16, 4, 128, (2, 16, 3, 4096), torch.bfloat16),
     "every feature, one split": every_feature(64, 32, 8, 64, (64, 4096), torch.bool),
-    "safe": decode(8, 32, 8, 4096, 128, config=CONFIGS[0, 128, 2, 2, False]),
+    "safe": decode(8, 32, 8, 4096, 128, config=CONFIGS[0, 128, 2, 2, False, False]),
     "safe, wide head, int8": decode(
-        8, 32, 8, 4096, 256, cache=INT8, scale="token", config=CONFIGS[0, 256, 2, 1, False]
+        8, 32, 8, 4096, 256, cache=INT8, scale="token", config=CONFIGS[0, 256, 2, 1, False, False]
     ),
     "fp32": decode(2, 8, 2, 4096, 128, tokens=2, dtype=torch.float32, causal=True),
     "fp32, wide head": decode(2, 8, 2, 4096, 256, tokens=16, dtype=torch.float32, cache=INT8, scale="token"),
