@@ -40,7 +40,7 @@ def remember(kernel: str, key: Key, config: object) -> None:
 @functools.cache
 def architecture(device: torch.device) -> int:
     """80 or 90 where the tables have entries for this GPU, else 0."""
-    if device.type != "cuda":
+    if device.type != "cuda" or interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor if (major, minor) in ((8, 0), (9, 0)) else 0
@@ -52,6 +52,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)

@@ -17,11 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
+from tp_attention.kernels.operands import aligned, descriptor, load_rows, strides_of
 from tp_attention.kernels.scores import (
     ADDITIVE_MASK,
     LN2,
@@ -67,26 +66,6 @@ CONFIGS = {
 
 
 @triton.jit
-def _rows(
-    x, i_b, i_h, row, end, stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Rows row..row+BLOCK of one head, [BLOCK, BLOCK_D]; 0 past D, and from `end` on where EDGE."""
-    if TMA:  # the descriptor knows where the tensor ends, and fills with 0
-        b_x = x.load([i_b, i_h, row, 0]).reshape(BLOCK, BLOCK_D)
-    else:
-        o_r, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-        p_x = x + tl.cast(row, tl.int64) * stride + (o_r[:, None] * stride + o_d[None, :])
-        if EDGE:
-            b_x = tl.load(p_x, mask=(row + o_r < end)[:, None] & (o_d < D)[None, :], other=0)
-        elif D < BLOCK_D:
-            b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0)
-        else:
-            b_x = tl.load(p_x)
-    return b_x
-
-
-@triton.jit
 def _attend(
     acc, total, top,  # [M, BLOCK_D], [M], [M]: so far, relative to exp2(top)
     first, last, b_q, k, v, i_b, i_kv, k_start, keys, stride_k, stride_v,
@@ -98,7 +77,7 @@ def _attend(
     """Take in the keys first..last, in blocks. EDGE: some row may not see some key of them."""
     for j in tl.range(first, last, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
-        b_k = _rows(k, i_b, i_kv, k_start + j, k_start + keys, stride_k, D, BLOCK_N, BLOCK_D, TMA, EDGE)
+        b_k = load_rows(k, i_b, i_kv, k_start + j, k_start + keys, stride_k, D, BLOCK_N, BLOCK_D, TMA, EDGE)
         if UPCAST:
             b_k = b_k.to(tl.float32)
         b_s = tl.dot(b_q, b_k.T, input_precision="ieee")  # [M, N]
@@ -116,7 +95,7 @@ def _attend(
         shrink = tl.exp2(top - top_new)
         total = total * shrink + tl.sum(b_p, 1)
         acc = acc * shrink[:, None]
-        b_v = _rows(v, i_b, i_kv, k_start + j, k_start + keys, stride_v, D, BLOCK_N, BLOCK_D, TMA, EDGE)
+        b_v = load_rows(v, i_b, i_kv, k_start + j, k_start + keys, stride_v, D, BLOCK_N, BLOCK_D, TMA, EDGE)
         if EDGE and TMA and VARLEN:  # rows of the next sequence: 0 · NaN would be NaN
             b_v = tl.where((o_j < keys)[:, None], b_v, 0.0)
         if UPCAST:
@@ -126,7 +105,12 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["tokens", "keys", "sequences", "left", "right", "tiles", "heads_together"])
+# Nothing that grows with a sequence is specialised on: it would be compiled again and again.
+_GROWING = ["tokens", "keys", "sequences", "left", "right", "tiles", "heads_together"]
+_GROWING += ["stride_lb", "stride_lh", "stride_mb", "stride_mh", "stride_mt"]
+
+
+@triton.jit(do_not_specialize=_GROWING)
 def flash_prefill_kernel(
     p_q, p_k, p_v,  # [B, T, Hq, D], [B, S, Hkv, D]: pointers, or descriptors of [B, H, tokens, D] where TMA
     p_out, p_lse,  # [B, T, Hq, D], [B, Hq, T]; lse only where HAS_LSE
@@ -185,7 +169,7 @@ def flash_prefill_kernel(
         k = p_k + b64 * stride_kb + kv64 * stride_kh
         v = p_v + b64 * stride_vb + kv64 * stride_vh
         q = p_q + b64 * stride_qb + h64 * stride_qh
-        b_q = _rows(q, i_b, i_h, q_base + row, q_base + tokens, stride_qt, D, BLOCK_M, BLOCK_D, False, True)
+        b_q = load_rows(q, i_b, i_h, q_base + row, q_base + tokens, stride_qt, D, BLOCK_M, BLOCK_D, False, True)
     if UPCAST:
         b_q = b_q.to(tl.float32)
     b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
@@ -265,7 +249,6 @@ def flash_attention(
     kv_start: int = 0,
     return_lse: bool = False,
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """functional.attention by the kernel: q [B, T, Hq, D], k, v [B, S, Hkv, D] -> out [B, T, Hq, D], lse [B, Hq, T].
@@ -276,9 +259,10 @@ def flash_attention(
     (batch, tokens, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     group_size = group_size or heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     q, k, v = aligned(q), aligned(k), aligned(v)
+    alibi_slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
     left, right = reach
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
@@ -296,7 +280,7 @@ def flash_attention(
     qkv: tuple[Any, ...] = (q, k, v)
     if tma:
         blocks = config.block_m, config.block_n, config.block_n
-        qkv = tuple(_descriptor(x, rows, block_d) for x, rows in zip(qkv, blocks, strict=True))
+        qkv = tuple(descriptor(x, rows, block_d) for x, rows in zip(qkv, blocks, strict=True))
     args = (
         *qkv, out, lse, mask, alibi_slopes, sinks, cu_q, cu_k,
         *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out),
@@ -306,7 +290,7 @@ def flash_attention(
     )  # fmt: skip
     constexprs = dict(
         D=q.shape[3], D_OUT=head_dim, ALIGN=16 // q.element_size(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_D=block_d, BLOCK_B=1 << (sequences - 1).bit_length(), TMA=tma, VARLEN=cu_seqlens is not None, MASK=kind,
+        BLOCK_D=block_d, BLOCK_B=max(64, 1 << (sequences - 1).bit_length()), TMA=tma, VARLEN=cu_seqlens is not None, MASK=kind,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, HAS_SOFTCAP=softcap is not None,
         HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_LSE=return_lse,
         RAW=softcap is None and alibi_slopes is None and kind != ADDITIVE_MASK.value and scale > 0,
@@ -317,30 +301,3 @@ def flash_attention(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x [B, S, H, D] with 16-byte aligned base and strides, as the copy engine and wide loads want it.
-
-    Views of a packed qkv tensor are, and are returned as they are; a copy with D padded by 0 otherwise (odd D, mostly).
-    """
-    unit = 16 // x.element_size()
-    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    fits = x.stride(3) == 1 and x.shape[3] % unit == 0 and x.data_ptr() % 16 == 0
-    if fits and all(stride > 0 and stride % unit == 0 for stride in strides):
-        return x
-    return F.pad(x, (0, -x.shape[3] % unit)).contiguous()
-
-
-def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """x [B, S, H, D] as [B, H, S, D], to be read `rows` tokens of one head at a time."""
-    batch, tokens, heads, head_dim = x.shape
-    stride_b, stride_t, stride_h = strides_of(x)
-    return TensorDescriptor(
-        x, [batch, heads, tokens, head_dim], [stride_b, stride_h, stride_t, 1], [1, 1, rows, block_d]
-    )
-
-
-def strides_of(x: Tensor) -> list[int]:
-    """Strides of the first three dimensions; one that is never taken may be anything, so let it be an aligned one."""
-    return [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]

@@ -58,7 +58,7 @@ class Config:
 # (architecture, what the weights are, columns of a tile)
 CONFIGS = {
     (90, "half", 256): Config(128, 256, 0, 64, 8, 3, group_m=16, tma=True, flatten=True),
-    (90, "half", 192): Config(128, 128, 64, 64, 8, 5, blocks=2, store=64, tma=True),
+    (90, "half", 192): Config(128, 128, 64, 64, 8, 5, store=64, tma=True),
     (90, "half", 160): Config(128, 128, 32, 64, 8, 5, group_m=16, tma=True),
     (90, "half", 128): Config(128, 128, 0, 64, 8, 5, group_m=16, tma=True),
     (90, "half", 64): Config(128, 64, 0, 64, 4, 6, tma=True, flatten=True),
@@ -203,9 +203,9 @@ def gemm(
         unit = 16 // x.element_size()
         short, short_out = -depth % unit, -columns % unit
         if short or not _aligned(x):
-            x = F.pad(x, (0, short))
+            x = F.pad(x, (0, short)).contiguous()
         if short or not _aligned(weight):
-            weight = F.pad(weight, (0, short_out, 0, short) if transposed else (0, short))
+            weight = F.pad(weight, (0, short_out, 0, short) if transposed else (0, short)).contiguous()
         depth += short
     elif x.stride(1) != 1:
         x = x.contiguous()
