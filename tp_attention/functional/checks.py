@@ -50,7 +50,11 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, q_start: int, group_size: int |
         )
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
-    heads, kv_heads = q.shape[2], k.shape[2]
+    check_groups(q.shape[2], k.shape[2], q_start, group_size, kv_start)
+
+
+def check_groups(heads: int, kv_heads: int, q_start: int, group_size: int | None, kv_start: int) -> None:
+    """Every query head finds its kv head in k, or in the cache of keys."""
     if group_size is None:
         if q_start or kv_start:
             raise ValueError(
@@ -182,22 +186,22 @@ def check_qkv_heads(
                 raise ValueError(f"{name} has shape {list(vector.shape)}; expected [head_dim] = [{head_dim}]")
             check_like(name, vector, "x", x)
     if rope is not None:
-        cos, sin = rope
-        if (
-            x.dim() != 3
-            or cos.dim() != 3
-            or cos.shape != sin.shape
-            or cos.shape[0] not in (1, x.shape[0])
-            or (cos.shape[1] != x.shape[1])
-        ):
-            raise ValueError(
-                f"rope's cos {list(cos.shape)} and sin {list(sin.shape)} do not fit x {list(x.shape)}; expected "
-                "[B or 1, T, n] and [B, T, E]"
-            )
-        if not 0 < 2 * cos.shape[2] <= head_dim:
-            raise ValueError(f"rope turns {2 * cos.shape[2]} elements of a head of {head_dim}; cut cos and sin")
-        for name, angles in (("cos", cos), ("sin", sin)):
-            if angles.dtype != torch.float32:
-                raise ValueError(f"rope's {name} is {angles.dtype}; convert it to torch.float32")
-            check_device(name, angles, x)
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {list(x.shape)}; with rope it must be [B, T, E]")
+        check_rope(*rope, x.shape[0], x.shape[1], head_dim, x)
     return heads, kv_heads, head_dim
+
+
+def check_rope(cos: Tensor, sin: Tensor, batch: int, tokens: int, head_dim: int, x: Tensor) -> None:
+    """cos and sin turn `tokens` tokens of `batch` sequences, at most all head_dim elements of each head of x."""
+    if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[1] != tokens:
+        raise ValueError(
+            f"rope's cos {list(cos.shape)} and sin {list(sin.shape)} do not fit {batch} sequences of {tokens} tokens; "
+            f"expected both [{batch} or 1, {tokens}, n]"
+        )
+    if not 0 < 2 * cos.shape[2] <= head_dim:
+        raise ValueError(f"rope turns {2 * cos.shape[2]} elements of a head of {head_dim}; cut cos and sin")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.dtype != torch.float32:
+            raise ValueError(f"rope's {name} is {angles.dtype}; convert it to torch.float32")
+        check_device(name, angles, x)

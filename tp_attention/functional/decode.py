@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tp_attention.eager import decode as eager
 from tp_attention.functional.backends import choose_backend, refuse_grad
-from tp_attention.functional.checks import check_device, check_features, check_like
+from tp_attention.functional.checks import check_device, check_features, check_groups, check_like, check_rope
 from tp_attention.functional.library import traceable
+from tp_attention.functional.prefill import kernel_obstacle
 from tp_attention.masks import Window
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # what a cache may hold besides q's dtype
@@ -63,10 +64,10 @@ def attention_decode(
     Lengths stay on the device: a CUDA graph replays with whatever they are then.
     """
     keys = _check_caches(q.shape[0] if q.dim() == 4 else 0, k_cache, v_cache, lengths, block_table, k_scale, v_scale, q)
-    _check_groups(q, k_cache, q_start, group_size, kv_start)
+    check_groups(q.shape[2], k_cache.shape[2], q_start, group_size, kv_start)
     check_features(q, keys, mask, alibi_slopes, window, softcap, sinks)
     run: Any = eager.attention_decode
-    if choose_backend(backend, q.device, _obstacle(q.shape[3], q.dtype, k_cache.dtype, q.device)) == "triton":
+    if choose_backend(backend, q.device, _obstacle(q, k_cache)) == "triton":
         from tp_attention.kernels.flash_decode import flash_decode as run
 
         refuse_grad(
@@ -131,17 +132,9 @@ def append_kv(
     if k_cache.shape[2] != k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, the cache {k_cache.shape[2]}; they must be the same kv heads")
     if rope is not None:
-        cos, sin = rope
-        fits = cos.dim() == 3 and cos.shape == sin.shape and cos.shape[0] in (1, q.shape[0])
-        if not fits or cos.shape[1] != q.shape[1] or 2 * cos.shape[2] > q.shape[3]:
-            raise ValueError(
-                f"cos {list(cos.shape)} and sin {list(sin.shape)} do not fit q {list(q.shape)}; expected both "
-                f"[{q.shape[0]} or 1, {q.shape[1]}, up to {q.shape[3] // 2}]"
-            )
-        check_device("cos", cos, q)
-        check_device("sin", sin, q)
+        check_rope(*rope, q.shape[0], q.shape[1], q.shape[3], q)
     run: Any = eager.append_kv
-    if choose_backend(backend, q.device, _obstacle(0, q.dtype, k_cache.dtype, q.device)) == "triton":
+    if choose_backend(backend, q.device, _obstacle(q, k_cache)) == "triton":
         from tp_attention.kernels.append_kv import append_kv as run
 
         refuse_grad(q=q, k=k, v=v)
@@ -161,17 +154,14 @@ def append_kv(
     )
 
 
+def _obstacle(q: Tensor, cache: Tensor) -> str | None:
+    return kernel_obstacle(q) or (_e4m3_obstacle(q.device) if cache.dtype == torch.float8_e4m3fn else None)
+
+
 @functools.cache
-def _obstacle(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device) -> str | None:
-    if head_dim > 256:
-        return f"head_dim={head_dim} > 256"
-    if dtype == torch.float64:
-        return "the kernels compute in fp32, the tensors are float64"
-    if cache_dtype == torch.float8_e4m3fn and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9):
-            return f"float8_e4m3fn needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
-    return None
+def _e4m3_obstacle(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
+    return f"float8_e4m3fn needs compute capability 8.9, this GPU has {major}.{minor}" if (major, minor) < (8, 9) else None
 
 
 def _check_caches(
@@ -233,23 +223,3 @@ def _check_index(name: str, index: Tensor, shape: tuple[int, ...], q: Tensor) ->
             f"{name} is {index.dtype} {list(index.shape)}; expected int32 {list(shape)}, its last stride 1"
         )
     check_device(name, index, q)
-
-
-def _check_groups(q: Tensor, k: Tensor, q_start: int, group_size: int | None, kv_start: int) -> None:
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if group_size is None:
-        if q_start or kv_start or not kv_heads or heads % kv_heads:
-            raise ValueError(
-                f"{heads} query heads from q_start={q_start} over {kv_heads} kv heads from kv_start={kv_start} need "
-                "group_size, query heads per kv head of the layer"
-            )
-        return
-    if group_size < 1 or q_start < 0 or kv_start < 0:
-        raise ValueError(f"group_size={group_size} must be >= 1, q_start={q_start} and kv_start={kv_start} >= 0")
-    first, last = q_start // group_size, (q_start + heads - 1) // group_size
-    if first < kv_start or last >= kv_start + kv_heads:
-        raise ValueError(
-            f"query heads {q_start}..{q_start + heads - 1} in groups of {group_size} read kv heads {first}..{last}, "
-            f"the cache holds {kv_start}..{kv_start + kv_heads - 1}; pass those it lacks or correct q_start, "
-            "group_size, kv_start"
-        )

@@ -20,7 +20,7 @@ HEADS = 4  # of a program: one warp's worth of 16-byte loads at D = 64
 
 @triton.jit
 def _turned(p_x, o_d, m, p_cos, p_sin, angles, INTERLEAVED: tl.constexpr):
-    """x [H, BLOCK_D] fp32, its first 2 · angles columns rotated; o_d: columns."""
+    """x [H, BLOCK_D], its first 2 · angles columns rotated in fp32; o_d: columns."""
     x = tl.load(p_x + o_d[None, :], mask=m, other=0).to(tl.float32)
     if p_cos is not None:
         if INTERLEAVED:
@@ -33,12 +33,12 @@ def _turned(p_x, o_d, m, p_cos, p_sin, angles, INTERLEAVED: tl.constexpr):
         cos = tl.load(p_cos + o_angle, mask=turns, other=1.0)
         sin = tl.load(p_sin + o_angle, mask=turns, other=0.0)
         x = x * cos[None, :] + partner * tl.where(first, -sin, sin)[None, :]
-    return x
+    return x.to(p_x.dtype.element_ty)
 
 
 @triton.jit
 def _write(
-    x,  # [H, BLOCK_D] fp32
+    x,  # [H, BLOCK_D]
     p_cache,  # this row of the cache, first head
     stride_h,
     p_scale,  # likewise, with strides stride_sh
@@ -51,6 +51,7 @@ def _write(
     ROUNDING: tl.constexpr,
 ):
     if LARGEST is not None:
+        x = x.to(tl.float32)
         if SCALE == TOKEN_SCALE:
             step = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / LARGEST  # [H]
             x = x / step[:, None]
@@ -74,43 +75,45 @@ def append_kv_kernel(
     stride_ksb, stride_kss, stride_ksh, stride_vsb, stride_vss, stride_vsh,
     tokens, capacity, heads, kv_heads, angles,
     D: tl.constexpr, PAGE: tl.constexpr, INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr, K_SCALE: tl.constexpr,
-    V_SCALE: tl.constexpr, ROUNDING: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_SCALE: tl.constexpr, ROUNDING: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B · T, blocks of q heads, then of kv heads)."""
-    i_b, i_t = (tl.program_id(0) // tokens).to(tl.int64), tl.program_id(0) % tokens
+    if PDL:  # nothing is touched before every earlier launch is done: the last one may still read the cache
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b, i_t = i_row // tokens, i_row % tokens
     i_part, q_parts = tl.program_id(1), tl.cdiv(heads, HEADS)
     o_d = tl.arange(0, BLOCK_D)
     if p_cos is not None:
         p_cos += i_b * stride_cb + i_t * stride_ct
         p_sin += i_b * stride_cb + i_t * stride_ct
     if i_part < q_parts:
-        o_h = i_part * HEADS + tl.arange(0, HEADS)
+        o_h = (i_part * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         m = (o_h < heads)[:, None] & (o_d < D)[None, :]
         p_old = p_q + i_b * stride_qb + i_t * stride_qt + o_h[:, None] * stride_qh
         b_q = _turned(p_old, o_d, m, p_cos, p_sin, angles, INTERLEAVED)
-        p_new = p_out + (tl.program_id(0).to(tl.int64) * heads + o_h[:, None]) * D + o_d[None, :]
-        tl.store(p_new, b_q.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_out + (i_row * heads + o_h[:, None]) * D + o_d[None, :], b_q, mask=m)
     else:
-        o_h = (i_part - q_parts) * HEADS + tl.arange(0, HEADS)
+        o_h = ((i_part - q_parts) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         at = tl.load(p_lengths + i_b) - tokens + i_t
         fits = (at >= 0) & (at < capacity)
         m = (o_h < kv_heads)[:, None] & (o_d < D)[None, :] & fits
-        i_row = i_b
+        i_page = i_b
         if PAGE:
-            i_row = tl.load(p_table + i_b * stride_tb + at // PAGE, mask=fits, other=0).to(tl.int64)
+            i_page = tl.load(p_table + i_b * stride_tb + at // PAGE, mask=fits, other=0).to(tl.int64)
             at = at % PAGE
-        at = at.to(tl.int64)
         p_old = p_k + i_b * stride_kb + i_t * stride_kt + o_h[:, None] * stride_kh
         b_k = _turned(p_old, o_d, m, p_cos, p_sin, angles, INTERLEAVED)
         p_old = p_v + i_b * stride_vb + i_t * stride_vt + o_h[:, None] * stride_vh
-        b_v = tl.load(p_old + o_d[None, :], mask=m, other=0).to(tl.float32)
+        b_v = tl.load(p_old + o_d[None, :], mask=m, other=0)
         if K_SCALE:
-            p_k_scale += i_row * stride_ksb + at * stride_kss
+            p_k_scale += i_page * stride_ksb + at * stride_kss
         if V_SCALE:
-            p_v_scale += i_row * stride_vsb + at * stride_vss
-        p_k_row = p_k_cache + i_row * stride_kcb + at * stride_kcs
+            p_v_scale += i_page * stride_vsb + at * stride_vss
+        p_k_row = p_k_cache + i_page * stride_kcb + at * stride_kcs
         _write(b_k, p_k_row, stride_kch, p_k_scale, stride_ksh, o_h, o_d, m, LARGEST, K_SCALE, ROUNDING)
-        p_v_row = p_v_cache + i_row * stride_vcb + at * stride_vcs
+        p_v_row = p_v_cache + i_page * stride_vcb + at * stride_vcs
         _write(b_v, p_v_row, stride_vch, p_v_scale, stride_vsh, o_h, o_d, m, LARGEST, V_SCALE, ROUNDING)
 
 
@@ -152,10 +155,12 @@ def append_kv(
         *scale_strides(k_scale), *scale_strides(v_scale),
         tokens, capacity, heads, kv_heads, 0 if cos is None else cos.shape[2],
     )  # fmt: skip
+    pdl = configs.architecture(q.device) == 90
     constexprs = dict(
         D=head_dim, PAGE=page, INTERLEAVED=interleaved, LARGEST=largest, K_SCALE=scale_kind(k_scale),
         V_SCALE=scale_kind(v_scale), ROUNDING=rounding, HEADS=HEADS, BLOCK_D=1 << (head_dim - 1).bit_length(),
+        PDL=pdl,
     )  # fmt: skip
     grid = (batch * tokens, -(-heads // HEADS) - (-kv_heads // HEADS))
-    launch(append_kv_kernel, grid, q.device, args, constexprs, num_warps=1)
+    launch(append_kv_kernel, grid, q.device, args, constexprs, num_warps=1, launch_pdl=pdl)
     return out

@@ -23,16 +23,7 @@ from torch import Tensor
 from tp_attention import masks
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
-from tp_attention.kernels.scores import (
-    ADDITIVE_MASK,
-    BOOL_MASK,
-    LN2,
-    LOG2E,
-    NO_MASK,
-    masked_scores,
-    reach_mask,
-    shape_scores,
-)
+from tp_attention.kernels.scores import LN2, LOG2E, NO_MASK, as_kernels_read, masked_scores, reach_mask, shape_scores
 
 
 @dataclass(frozen=True)
@@ -95,13 +86,13 @@ def _pages(p_table, j, last, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _rows(stride_b, stride_s, i_page, j, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Offsets of the keys j..j+BLOCK_N: [BLOCK_N] int64. Without pages i_page is the sequence."""
-    o_n = tl.arange(0, BLOCK_N)
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
     if PAGE == 0:
         return i_page * stride_b + tl.cast(j, tl.int64) * stride_s + o_n * stride_s
     elif PAGE % BLOCK_N == 0:
         return i_page * stride_b + tl.cast(j % PAGE, tl.int64) * stride_s + o_n * stride_s
     else:
-        return i_page * stride_b + ((j + o_n) % PAGE).to(tl.int64) * stride_s
+        return i_page * stride_b + (j + o_n) % PAGE * stride_s
 
 
 @triton.jit
@@ -145,7 +136,8 @@ def flash_decode_kernel(
     SPLIT: tl.constexpr, PDL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (B · kv_heads · tiles, splits). GROUP: query heads per kv head; SPAN: the most of them that are here."""
-    if PDL:
+    if PDL:  # nothing is touched before every earlier launch is done: not read too soon, not overwritten while in use
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(0) // tiles // kv_heads
     i_g = tl.program_id(0) // tiles % kv_heads  # of the kv heads that are read
@@ -154,7 +146,7 @@ def flash_decode_kernel(
     b64 = i_b.to(tl.int64)
     length = keys
     if p_lengths is not None:
-        length = tl.minimum(tl.load(p_lengths + i_b), keys)
+        length = tl.load(p_lengths + i_b)  # may exceed what there is room for: positions still derive from it
 
     o_r = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     o_t = o_r // SPAN
@@ -163,18 +155,19 @@ def flash_decode_kernel(
     m_r = (o_t < tokens) & (o_h < tl.minimum((i_g + 1) * GROUP - front, heads))
     o_d = tl.arange(0, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
-    p_row = p_q + b64 * stride_qb + o_t.to(tl.int64)[:, None] * stride_qt + o_h[:, None] * stride_qh + o_d[None, :]
+    p_row = p_q + b64 * stride_qb + o_t.to(tl.int64)[:, None] * stride_qt + o_h.to(tl.int64)[:, None] * stride_qh
+    p_row += o_d[None, :]
     b_q = tl.load(p_row, mask=m_r[:, None] & (o_d < D)[None, :], other=0)  # [M, D]
 
     # The keys that some row of this tile reaches, in blocks, and this split's share of them.
     o_i = length - tokens + o_t  # [M] positions
     start = 0
-    stop = length
+    stop = tl.minimum(length, keys)
     if left is not None:
         start = tl.maximum(length - tokens + tl.program_id(0) % tiles * BLOCK_M // SPAN - left, 0) // BLOCK_N * BLOCK_N
     if right is not None:
         last_token = (tl.program_id(0) % tiles * BLOCK_M + BLOCK_M - 1) // SPAN
-        stop = tl.minimum(length, length - tokens + last_token + right + 1)
+        stop = tl.minimum(stop, length - tokens + last_token + right + 1)
     share = tl.cdiv(tl.cdiv(tl.maximum(stop - start, 0), BLOCK_N), tl.num_programs(1)) * BLOCK_N
     first = start + i_split * share
     last = tl.minimum(first + share, stop)
@@ -212,7 +205,7 @@ def flash_decode_kernel(
             b_s *= tl.load(p_k_scale + i_kv * stride_ksh + o_ks, mask=o_j < last, other=0)[None, :]
         b_s = shape_scores(b_s, scale, softcap, b_slope, o_i, o_j, softcap is not None, p_slopes is not None)
         if MASK != NO_MASK:
-            p_block = p_mask + tl.cast(j, tl.int64) * stride_ms + o_n[None, :] * stride_ms
+            p_block = p_mask + o_j.to(tl.int64)[None, :] * stride_ms
             b_s = masked_scores(b_s, p_block, m_r[:, None] & (o_j < last)[None, :], MASK)
         m_s = reach_mask(o_i, o_j, last, left, right, left is not None, right is not None)
         b_s = tl.where(m_s, b_s, -float("inf"))
@@ -262,7 +255,8 @@ def combine_splits_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(0) % heads
     o_s, o_d = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if PDL:
+    if PDL:  # a next launch that waits, waits for this one and so for all before: it may come in early
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     b_lse = tl.load(p_part_lse + i_row * splits + o_s, mask=o_s < splits, other=-float("inf"))
     p_parts += (i_row * splits + o_s)[:, None] * D + o_d[None, :]
@@ -346,42 +340,39 @@ def flash_decode(
     if split:
         parts = torch.empty((batch, tokens, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((batch, tokens, heads, splits), dtype=torch.float32, device=q.device)
-    pdl = split and architecture == 90
-    if mask is not None:
-        mask = mask[:, None, None] if mask.dim() == 2 else mask
-        mask_strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    pdl = architecture == 90
+    mask, mask_kind, mask_strides = as_kernels_read(mask)
+    alibi_slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
     args = (
         q, k, v, parts, part_lse, lengths, block_table, mask, alibi_slopes, sinks, k_scale, v_scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if block_table is None else block_table.stride(0),
-        *scale_strides(k_scale), *scale_strides(v_scale), *(mask_strides if mask is not None else (0, 0, 0, 0)),
+        *scale_strides(k_scale), *scale_strides(v_scale), *mask_strides,
         tokens, keys, heads, kv_heads, tiles, first - kv_start, q_start - first * group,
         1 / math.sqrt(head_dim) if scale is None else scale, softcap, left, right,
     )  # fmt: skip
     constexprs = dict(
         D=head_dim, GROUP=group, SPAN=span, PAGE=page,
-        MASK=NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK,
-        K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale),
+        MASK=mask_kind, K_SCALE=scale_kind(k_scale), V_SCALE=scale_kind(v_scale),
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_D=block_d, SPLIT=split, PDL=pdl,
         UPCAST=configs.interpreted(),
     )  # fmt: skip
     launch(
         flash_decode_kernel, (batch * kv_heads * tiles, splits), q.device, args, constexprs,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
     if split:
         block_s = max(16, 1 << (splits - 1).bit_length())
         # few rows: their columns over several programs, so that they fill the GPU
         block = min(block_d, 8192 // block_s, 32 if batch * tokens * heads < 128 else block_d)
-        options = {"launch_pdl": True} if pdl else {}
         args = (parts, part_lse, out, lse, sinks, tokens, heads, splits)
         constexprs = dict(D=head_dim, BLOCK_S=block_s, BLOCK_D=block, PDL=pdl)
         grid = (batch * tokens * heads, -(-head_dim // block))
-        launch(combine_splits_kernel, grid, q.device, args, constexprs, num_warps=4, **options)
+        launch(combine_splits_kernel, grid, q.device, args, constexprs, num_warps=4, launch_pdl=pdl)
     return (out, lse) if lse is not None else out
 
 
 def scale_kind(scale: Tensor | None) -> int:
-    return NO_SCALE if scale is None else HEAD_SCALE if scale.dim() == 1 else TOKEN_SCALE
+    return (NO_SCALE if scale is None else HEAD_SCALE if scale.dim() == 1 else TOKEN_SCALE).value
 
 
 def scale_strides(scale: Tensor | None) -> tuple[int, ...]:

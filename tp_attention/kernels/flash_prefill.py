@@ -290,8 +290,9 @@ def flash_attention(
     )  # fmt: skip
     constexprs = dict(
         D=q.shape[3], D_OUT=head_dim, ALIGN=16 // q.element_size(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_D=block_d, BLOCK_B=max(64, 1 << (sequences - 1).bit_length()), TMA=tma, VARLEN=cu_seqlens is not None, MASK=kind,
-        HAS_LEFT=left is not None, HAS_RIGHT=right is not None, HAS_SOFTCAP=softcap is not None,
+        BLOCK_D=block_d, BLOCK_B=max(64, 1 << (sequences - 1).bit_length()), TMA=tma,
+        VARLEN=cu_seqlens is not None, MASK=kind, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        HAS_SOFTCAP=softcap is not None,
         HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_LSE=return_lse,
         RAW=softcap is None and alibi_slopes is None and kind != ADDITIVE_MASK.value and scale > 0,
         UPCAST=configs.interpreted(),

@@ -137,8 +137,9 @@ def gemm_kernel(
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STORE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # this kernel was let in while the one before it, a norm mostly, was ending
+    if PDL:  # let in while the kernel before it was ending, a norm mostly, and letting in the next
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     # A step never crosses the end of a group of columns that share a scale.
     SPAN: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K if GROUP else 1  # steps per group
     steps = K // GROUP * SPAN if GROUP else tl.cdiv(K, BLOCK_K)

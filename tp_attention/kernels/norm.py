@@ -93,6 +93,7 @@ def norm_kernel(
     EVEN: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     o_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -162,5 +163,6 @@ def norm(
         ONE_PASS=columns <= config.block_k, EVEN=columns % config.block_k == 0, PDL=architecture == 90,
         ROWS=config.rows, BLOCK_K=config.block_k,
     )  # fmt: skip
-    launch(norm_kernel, (-(-rows // config.rows),), x.device, args, constexprs, num_warps=config.warps)
+    options = {"launch_pdl": True} if architecture == 90 else {}
+    launch(norm_kernel, (-(-rows // config.rows),), x.device, args, constexprs, num_warps=config.warps, **options)
     return out

@@ -121,9 +121,22 @@ def _widened(b_w, UPCAST: tl.constexpr, BF16: tl.constexpr):
         return tl.inline_asm_elementwise(_TO_FP16, "=&r,=&r,r", [b_w], (tl.float16, tl.float16), is_pure=True, pack=2)
 
 
+# Bytes of each of its rows that a program asks for before it may start: with 96 programs of 128 rows 12 MB, about what
+# the memory delivers while the kernel before is ending.
+PREFETCH = tl.constexpr(1024)
+_PREFETCH_L2 = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
+
+
+@triton.jit
+def _prefetch(p_rows, nbytes):
+    """Bring the first nbytes, a multiple of 16, of the rows [N] into the L2."""
+    tl.inline_asm_elementwise(_PREFETCH_L2, "=r,l,r", [p_rows, nbytes], tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
 def skinny_gemm_kernel(
     w,  # [N, K]: a descriptor where TMA ([K, N] where TRANSPOSED), else a pointer
+    p_w,  # the pointer in either case
     p_x,  # [M, K]
     p_norm_weight,  # [K]
     p_scale,  # [N, K / GROUP] fp32
@@ -149,8 +162,6 @@ def skinny_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    if PDL:  # at once: the second kernel's first work needs nothing of this one
-        tl.extra.cuda.gdc_launch_dependents()
     i_n, i_s = tl.program_id(0), tl.program_id(1)
     o_m, o_n, o_k = tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     WORD: tl.constexpr = 2 if PACKED else 1  # weights in an element of w
@@ -164,6 +175,16 @@ def skinny_gemm_kernel(
     SPAN: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K if GROUP else 1  # steps per group
     total = K // GROUP * SPAN if GROUP else tl.cdiv(K, BLOCK_K)
     first = i_s * steps
+    if PDL:
+        # Weights are no kernel's output, and the L2 has the newest bytes anyway: their way in need not wait.
+        if TMA and not TRANSPOSED:
+            start = (first // SPAN * GROUP + first % SPAN * BLOCK_K if GROUP else first * BLOCK_K) // WORD
+            nbytes = min(steps * (BLOCK_K // WORD), K // WORD - start) * (p_w.dtype.element_ty.primitive_bitwidth // 8)
+            if nbytes > 0:
+                _prefetch(p_w + tl.minimum(o_n, N - 1).to(tl.int64) * stride_wn + start, min(nbytes, PREFETCH))
+        tl.extra.cuda.gdc_wait()
+        # not sooner: the second kernel reads x before it waits for this one
+        tl.extra.cuda.gdc_launch_dependents()
     if GROUP:
         p_scale += o_n.to(tl.int64) * (K // GROUP)
         b_next = tl.load(p_scale + first // SPAN, mask=m_n, other=0.0)
@@ -261,6 +282,8 @@ def merge_kernel(
     HEADS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i_m, M = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_h, o_d = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, BLOCK_D)[None, :]
     o_n = o_h * D + o_d  # [HEADS, BLOCK_D]
@@ -363,7 +386,7 @@ def skinny_gemm(
     splits, steps = splits_of(tiles, steps, config.blocks * configs.multiprocessors(x.device))
 
     merged = splits > 1 or rms_eps is not None or heads is not None
-    pdl = merged and architecture == 90
+    pdl = architecture == 90
     parts = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device) if merged else out
     stride_n, stride_k = weight.stride()[::-1] if transposed else weight.stride()
     tma, w = config.tma and aligned, weight
@@ -372,7 +395,7 @@ def skinny_gemm(
         w = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block)
     product_bias = None if merged else bias
     args = (
-        w, x, norm_weight, weight_scale, product_bias, parts,
+        w, weight, x, norm_weight, weight_scale, product_bias, parts,
         rows, columns, depth, steps, stride_n, stride_k, x.stride(0),
     )  # fmt: skip
     constexprs = dict(
@@ -380,7 +403,7 @@ def skinny_gemm(
         EVEN_K=(group or depth) % block_k == 0, TRANSPOSED=transposed, TMA=tma, PDL=pdl, UPCAST=configs.interpreted(),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
-    options = dict(num_warps=config.warps, num_stages=config.stages)
+    options = dict(num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}))
     launch(skinny_gemm_kernel, (tiles, splits), x.device, args, constexprs, **options)
     if merged:
         _merge(parts, x, bias, rms_eps, heads or Heads(0, 0, MERGE_COLUMNS), out, pdl)
@@ -406,7 +429,8 @@ def _merge(
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None, PDL=pdl,
         D=heads.head_dim, BLOCK_D=block_d, HEADS=per_program, BLOCK_K=1024,
     )  # fmt: skip
-    launch(merge_kernel, grid, x.device, args, constexprs, num_warps=4, launch_pdl=pdl)
+    options = {"launch_pdl": True} if pdl else {}
+    launch(merge_kernel, grid, x.device, args, constexprs, num_warps=4, **options)
 
 
 def _rows_aligned(weight: Tensor) -> bool:
