@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -103,6 +103,89 @@ def test_compiled_append_writes_into_the_cache() -> None:
     compiled = torch.compile(lambda *tensors: functional.append_kv(*tensors), fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v, *caches, lengths()), rotated)
     torch.testing.assert_close(caches, expected)
+
+
+def fake_or_compiled(function: Callable[..., Any], *tensors: torch.Tensor) -> Iterator[Callable[[], Any]]:
+    """Calls of the function on fake tensors, and compiled where an error leads back to eager execution."""
+    mode = FakeTensorMode()
+
+    def faked() -> Any:
+        with mode:
+            return function(*map(mode.from_tensor, tensors))
+
+    yield faked
+    yield lambda: torch.compile(function)(*tensors)
+
+
+WRONG: dict[str, tuple[Callable[..., Any], tuple[int, ...], type[Exception], str]] = {
+    "misspelt": (lambda x: functional.norm(x, None, epss=1.0), (2, 8), TypeError, "unexpected keyword.*epss"),
+    "too many": (lambda x: functional.linear(x, x, None, True), (8, 8), TypeError, "positional argument"),
+    "twice": (lambda x: functional.linear(x, x, weight=x), (8, 8), TypeError, "multiple values.*weight"),
+    "missing": (lambda x: functional.linear(x), (8, 8), TypeError, "missing.*weight"),
+    "linear": (lambda x: functional.linear(x, x), (4, 8), ValueError, r"\[4, 8\] and weight \[4, 8\]"),
+    "out of linear": (lambda x: functional.linear(x, x, out=x[:3]), (8, 8), ValueError, r"out is \[3, 8\].*\[8, 8\]"),
+    "dtype of out": (lambda x: functional.linear(x, x, out=x.half()), (8, 8), ValueError, "out is torch.float16"),
+    "norm": (lambda x: functional.norm(x, x[:, 0]), (2, 8), ValueError, r"\[2\]; expected \[8\]"),
+    "norm_qkv": (lambda x: functional.norm_qkv(x, x, norm_weight=x[0]), (8, 8), ValueError, "need a norm"),
+    "softmax_context": (
+        lambda x: functional.softmax_context(x, x[:, :, :2], x),
+        (1, 2, 3, 8),
+        ValueError,
+        "do not fit",
+    ),
+    "score_4d_matmul": (
+        lambda x: functional.score_4d_matmul(x, x[:, :, :2]),
+        (1, 2, 3, 8),
+        ValueError,
+        "3 query heads.*2 kv heads",
+    ),
+    "softmax": (lambda x: functional.softmax(x, sinks=x[0, 0, 0]), (1, 2, 3, 8), ValueError, r"\[8\]; expected.*\[2\]"),
+    "out of softmax": (lambda x: functional.softmax(x, out=x[:, :1]), (1, 2, 3, 8), ValueError, r"\[1, 1, 3, 8\]"),
+    "context_4d_matmul": (lambda x: functional.context_4d_matmul(x, x), (1, 2, 3, 8), ValueError, "do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_as_in_an_eager_call(name: str) -> None:
+    function, shape, error, message = WRONG[name]
+    x = random(*shape)
+    for call in (lambda: function(x), *fake_or_compiled(function, x)):
+        with pytest.raises(error, match=message):
+            call()
+    with pytest.raises(RuntimeError):  # torch's own, around ours
+        torch.compile(function, fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_graph_of_tensors_that_require_grad(name: str) -> None:
+    function, (first, *others), keywords = call_of(name)
+    first.requires_grad_()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        torch.compile(lambda x: function(x, *others, **keywords), fullgraph=True)(first)
+    with torch.no_grad():
+        torch.compile(lambda x: function(x, *others, **keywords), fullgraph=True)(first)
+
+
+def test_compiled_and_eager_gradients_of_the_torch_path() -> None:
+    x, weight = random(2, 5, 32), random(64, 32).requires_grad_()
+    gradients = []
+    for call in (
+        functional.linear,
+        torch.compile(lambda *tensors, **keywords: functional.linear(*tensors, **keywords)),
+    ):
+        (gradient,) = torch.autograd.grad(call(x, weight, backend="torch").square().sum(), weight)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_results_go_to_out_unrounded() -> None:
+    scores, x, weight = random(2, 4, 5, 7).half(), random(3, 32), random(64, 32)
+    probabilities, product = torch.zeros(2, 4, 5, 7, device=DEVICE), torch.zeros(3, 64, device=DEVICE)
+    compiled = torch.compile(lambda *x: functional.softmax(x[0], out=x[1]), fullgraph=True)
+    assert compiled(scores, probabilities) is probabilities
+    torch.testing.assert_close(probabilities, functional.softmax(scores, dtype=torch.float32))
+    torch.compile(lambda *x: functional.linear(*x[:2], out=x[2]), fullgraph=True)(x, weight, product)
+    torch.testing.assert_close(product, functional.linear(x, weight))
 
 
 def test_one_graph_serves_every_length() -> None:

@@ -113,7 +113,7 @@ def cases(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=12 if INTERPRETED else 100, deadline=None, print_blob=True)
+@settings(max_examples=12 if INTERPRETED else 30, deadline=None, print_blob=True)
 @given(cases())
 def test_any_features_together(case: dict[str, Any]) -> None:
     batch, tokens, keys, heads, _, _ = case["shape"]
@@ -145,11 +145,38 @@ def test_any_features_together(case: dict[str, Any]) -> None:
     assert_close(got_lse, lse, torch.bfloat16 if case["dtype"] == torch.bfloat16 else None)
 
 
-def test_lengths_stay_on_the_device_and_none_is_all_keys() -> None:
+def test_without_lengths_all_keys_are_used() -> None:
     q, k, v = make(2, 1, 130, 4, 2, 64, torch.float16)
-    out, _ = expected(q, k, v, [130, 130])
-    check(kernels.flash_decode(q, k, v), out)
-    check(kernels.flash_decode(q, k, v, int32([1000, 130])), out)  # no more than there is room for
+    check(kernels.flash_decode(q, k, v), expected(q, k, v, [130, 130])[0])
+
+
+@pytest.mark.parametrize("page", (None, 32))
+def test_positions_follow_lengths_past_the_capacity(page: int | None) -> None:
+    q, k, v = make(3, 4, 128, 4, 2, 64, torch.float16)
+    lengths = [131, 500, 120]  # the second's window is past all keys that there is room for
+    keywords = {"causal": True, "window": (20, None), "alibi_slopes": torch.rand(4, device=DEVICE)}
+    longer = [torch.cat((x, torch.zeros_like(x).repeat(1, 3, 1, 1)), 1) for x in (k, v)]
+    there = (torch.arange(512, device=DEVICE) < 128).expand(3, -1)
+    out, lse = expected(q, *longer, lengths, there, **keywords)
+    assert out[0].any() and not out[1].any()
+    table = None
+    if page:
+        table, k, v = paged(page, k, v)
+    for backend in ("triton", "torch"):
+        got, got_lse = attention_decode(
+            q, k, v, int32(lengths), block_table=table, return_lse=True, backend=backend, **keywords
+        )
+        check(got, out)
+        assert_close(got_lse, lse)
+
+
+def test_slopes_and_sinks_of_any_stride() -> None:
+    q, k, v = make(1, 2, 40, 4, 2, 32, torch.float32)
+    for per_head in (torch.rand(8, device=DEVICE)[::2], torch.rand(1, device=DEVICE).expand(4)):
+        keywords = {"alibi_slopes": per_head, "sinks": per_head}
+        out, _ = expected(q, k, v, [33], **keywords)
+        for splits in (1, 2):
+            check(kernels.flash_decode(q, k, v, int32([33]), splits=splits, **keywords), out)
 
 
 @pytest.mark.parametrize("scale", ("one", "head", "token"))
@@ -172,11 +199,8 @@ def test_quantised(cache: torch.dtype, page: int | None, scale: str) -> None:
     k_scale, v_scale = scales
     table = None
     if page:
-        if scale == "token":
-            state = torch.random.get_rng_state()
-            _, k_scale, v_scale = paged(page, k_scale, v_scale)
-            torch.random.set_rng_state(state)
-        table, *stored = paged(page, *stored)
+        table, *cut = paged(page, *stored, *(scales if scale == "token" else ()))
+        stored, (k_scale, v_scale) = cut[:2], cut[2:] or scales
     for backend in ("triton", "torch"):
         got, got_lse = attention_decode(
             q, *stored, int32(lengths), block_table=table, k_scale=k_scale, v_scale=v_scale, causal=True,
@@ -253,6 +277,10 @@ def test_more_than_2_31_elements() -> None:
         q, whole, whole, int32([whole.shape[1]]), scale=1e-3, window=(29, 0), backend="triton", **scales
     )
     check(got, out)
+    apart = cache.view(-1).as_strided((1, 16, 1, 64), (0, 2**31 // 15 // 16 * 16 + 112, 0, 1))  # within one block, too
+    apart.copy_(torch.randint(-99, 99, apart.shape))
+    out, _ = expected(q, apart.float(), apart.float(), [16], scale=1e-3)
+    check(attention_decode(q, apart, apart, int32([16]), scale=1e-3, backend="triton", **scales), out)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
@@ -301,7 +329,7 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("group_size", q_start=1)
     refused(r"kv heads 2\.\.3", q_start=4, group_size=2)
     refused(r"\[B, S\] = \[2, 32\]", mask=torch.ones(2, 31, dtype=torch.bool, device=DEVICE))
-    with pytest.raises(RuntimeError, match="head_dim=272"):
+    with pytest.raises(RuntimeError, match="head_dim 272 > 256"):
         wide = make(1, 1, 4, 1, 1, 272, torch.float32)
         attention_decode(*wide, int32([4]), backend="triton")
     with pytest.raises(RuntimeError, match="requires grad"):
@@ -334,6 +362,32 @@ def test_append(turned: int | None, interleaved: bool, page: int | None) -> None
                 kept = min(3, length)
                 assert_close(rows[b, length - kept : length], new[b, 3 - kept :])
             assert cache.isfinite().sum() == 7 * 5 * 24  # and nothing else was touched
+
+
+def test_append_rounds_before_it_quantises_as_torch_does() -> None:
+    q, k, v = make(2, 8, 8, 4, 4, 64, torch.float16 if INTERPRETED else torch.bfloat16)
+    rope = tuple(x.float() for x in reference.rope_angles(torch.randint(0, 99, (2, 8), device=DEVICE), 64))
+    held = []
+    for backend in ("triton", "torch"):
+        caches = [torch.zeros(2, 8, 4, 64, dtype=torch.int8, device=DEVICE) for _ in "kv"]
+        scales = [torch.empty(2, 8, 4, device=DEVICE) for _ in "kv"]
+        append_kv(q, k, v, *caches, int32([8, 8]), rope=rope, k_scale=scales[0], v_scale=scales[1], backend=backend)
+        held.append(caches[0].int())
+    # On a GPU fused products and inexact quotients still move a few of 4096 by 1; without rounding it is 7 %.
+    assert (held[0] - held[1]).abs().max() <= 1 and (held[0] != held[1]).sum() <= (3 if INTERPRETED else 40)
+
+
+def test_append_refuses_rope_that_does_not_fit() -> None:
+    q, k, v = make(2, 3, 3, 2, 1, 16, torch.float32)
+    for shape, dtype, match in (
+        ((3, 3, 8), torch.float32, r"cos \[3, 3, 8\] .* do not fit 2 sequences of 3 tokens"),
+        ((1, 2, 8), torch.float32, r"expected both \[2 or 1, 3, n\]"),
+        ((1, 3, 9), torch.float32, "turns 18 elements of a head of 16"),
+        ((1, 3, 8), torch.float16, "cos is torch.float16"),
+    ):
+        angles = torch.ones(shape, dtype=dtype, device=DEVICE)
+        with pytest.raises(ValueError, match=match):
+            append_kv(q, k, v, k.clone(), v.clone(), int32([3, 3]), rope=(angles, angles))
 
 
 @pytest.mark.parametrize("cache", (torch.int8, FP8, torch.float8_e5m2), ids=str)

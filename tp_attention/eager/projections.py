@@ -44,18 +44,18 @@ def norm_qkv(
     rope: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """functional.norm_qkv unchecked: x [B, T, E], weight [rows, E] -> qkv [B, T, rows] (and the normed x)."""
+    """functional.norm_qkv unchecked: x [..., E], weight [rows, E] -> qkv [..., rows] (and the normed x)."""
     normed = x if norm is None else _norm(x, norm_weight, norm_bias, norm, eps)
     qkv = linear(normed, weight, bias, transposed=transposed, weight_scale=weight_scale)
     if heads is not None and kv_heads is not None and (qk_norm is not None or rope is not None):
-        qk, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split_with_sizes([heads + kv_heads, kv_heads], dim=2)
+        qk, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split_with_sizes([heads + kv_heads, kv_heads], dim=-2)
         if qk_norm is not None:
-            q, k = qk.split_with_sizes([heads, kv_heads], dim=2)
+            q, k = qk.split_with_sizes([heads, kv_heads], dim=-2)
             q, k = _norm(q, q_norm_weight, None, qk_norm, eps), _norm(k, k_norm_weight, None, qk_norm, eps)
-            qk = torch.cat((q, k), dim=2)
+            qk = torch.cat((q, k), dim=-2)
         if rope is not None:  # q and k turn as one tensor: half the operations
             qk = apply_rope(qk, *rope, interleaved=interleaved)
-        qkv = torch.cat((qk, v), dim=2).flatten(2)
+        qkv = torch.cat((qk, v), dim=-2).flatten(-2)
     return (qkv, normed) if return_normed else qkv
 
 

@@ -161,7 +161,9 @@ def _obstacle(q: Tensor, cache: Tensor) -> str | None:
 @functools.cache
 def _e4m3_obstacle(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
-    return f"float8_e4m3fn needs compute capability 8.9, this GPU has {major}.{minor}" if (major, minor) < (8, 9) else None
+    if (major, minor) >= (8, 9):
+        return None
+    return f"float8_e4m3fn needs compute capability 8.9, this GPU has {major}.{minor}"
 
 
 def _check_caches(

@@ -30,7 +30,61 @@ def _fake_linear(x: Tensor, weight: Tensor, transposed: bool, **_: Any) -> list[
     return [x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))]
 
 
-@traceable(_fake_norm_qkv)
+def _check_norm_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    transposed: bool,
+    weight_scale: Tensor | None,
+    heads: int | None,
+    kv_heads: int | None,
+    qk_norm: str | None,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    **_: Any,
+) -> tuple[int, tuple[int, int, int] | None]:
+    """The rows of qkv, and heads, kv_heads and head_dim where something is done to heads."""
+    if norm is not None:
+        check_norm(x, norm_weight, norm_bias, norm)
+    elif norm_weight is not None or norm_bias is not None:
+        raise ValueError(f"norm_weight and norm_bias need a norm; pass norm as one of {', '.join(NORMS)}")
+    rows = check_weight(x, weight, bias, transposed, weight_scale)
+    if qk_norm is None and rope is None and q_norm_weight is None and k_norm_weight is None:
+        return rows, None
+    return rows, check_qkv_heads(x, rows, heads, kv_heads, qk_norm, q_norm_weight, k_norm_weight, rope)
+
+
+def _check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    weight_scale: Tensor | None,
+    out: Tensor | None,
+    **_: Any,
+) -> int:
+    """The columns of the result."""
+    columns = check_weight(x, weight, bias, transposed, weight_scale)
+    if out is not None:
+        check_like("out", out, "x", x)
+        if out.shape != (*x.shape[:-1], columns) or not out.is_contiguous():
+            raise ValueError(
+                f"out is {list(out.shape)} with strides {list(out.stride())}; expected a contiguous "
+                f"{[*x.shape[:-1], columns]}"
+            )
+    return columns
+
+
+def _check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, **_: Any) -> None:
+    check_norm(x, weight, bias, kind)
+
+
+@traceable(_fake_norm_qkv, check=_check_norm_qkv)
 def norm_qkv(
     x: Tensor,
     weight: Tensor,
@@ -52,49 +106,38 @@ def norm_qkv(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> Any:  # a Tensor, or two with return_normed
-    """norm(x) @ weightᵀ + bias, then q/k norm and RoPE: x [B, T, E], weight [rows, E] -> qkv [B, T, rows].
+    """norm(x) @ weightᵀ + bias, then q/k norm and RoPE: x [..., E], weight [rows, E] -> qkv [..., rows].
 
     norm: "rmsnorm", "layernorm", or None where x is already normed; norm_weight, norm_bias [E] and eps as in `norm`.
-    return_normed: also return norm(x) [B, T, E]. weight, bias [rows], transposed, weight_scale: as in `linear`.
+    return_normed: also return norm(x) [..., E]. weight, bias [rows], transposed, weight_scale: as in `linear`.
     heads, kv_heads: rows are `heads` q heads, `kv_heads` k heads and as many v heads; needed by what follows.
     qk_norm: a norm over each q and k head, with the same eps; q_norm_weight, k_norm_weight [head_dim] or None.
-    rope: cos and sin, fp32 [B or 1, T, n], turn the first 2n elements of each q and k head, after qk_norm;
-    interleaved: the pairs are (2i, 2i + 1) instead of (i, i + n).
+    rope: cos and sin, fp32 [B or 1, T, n], turn the first 2n elements of each q and k head, after qk_norm; x must be
+    [B, T, E] then. interleaved: the pairs are (2i, 2i + 1) instead of (i, i + n).
 
     Raises ValueError and RuntimeError as `attention` does.
     """
-    if norm is not None:
-        check_norm(x, norm_weight, norm_bias, norm)
-    elif norm_weight is not None or norm_bias is not None:
-        raise ValueError(f"norm_weight and norm_bias need a norm; pass norm as one of {', '.join(NORMS)}")
-    rows = check_weight(x, weight, bias, transposed, weight_scale)
-    has_heads = qk_norm is not None or rope is not None or q_norm_weight is not None or k_norm_weight is not None
-    q_heads = k_heads = head_dim = 0
-    if has_heads:
-        q_heads, k_heads, head_dim = check_qkv_heads(
-            x, rows, heads, kv_heads, qk_norm, q_norm_weight, k_norm_weight, rope
-        )
+    keywords: dict[str, Any] = {
+        "norm": norm,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "eps": eps,
+        "return_normed": return_normed,
+        "transposed": transposed,
+        "weight_scale": weight_scale,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "qk_norm": qk_norm,
+        "q_norm_weight": q_norm_weight,
+        "k_norm_weight": k_norm_weight,
+        "rope": rope,
+        "interleaved": interleaved,
+    }
+    rows, split = _check_norm_qkv(x, weight, bias, **keywords)
     if not _use_kernels(x, weight, weight_scale, backend):
-        return eager.norm_qkv(
-            x,
-            weight,
-            bias,
-            norm=norm,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            eps=eps,
-            return_normed=return_normed,
-            transposed=transposed,
-            weight_scale=weight_scale,
-            heads=heads,
-            kv_heads=kv_heads,
-            qk_norm=qk_norm,
-            q_norm_weight=q_norm_weight,
-            k_norm_weight=k_norm_weight,
-            rope=rope,
-            interleaved=interleaved,
-        )
+        return eager.norm_qkv(x, weight, bias, **keywords)
 
+    cos, sin = rope or (None, None)
     refuse_grad(
         x=x,
         weight=weight,
@@ -103,6 +146,8 @@ def norm_qkv(
         norm_bias=norm_bias,
         q_norm_weight=q_norm_weight,
         k_norm_weight=k_norm_weight,
+        cos=cos,
+        sin=sin,
     )
     from tp_attention.kernels import skinny_gemm
 
@@ -115,18 +160,17 @@ def norm_qkv(
 
         # a normed x that is handed out has the bits of functional.norm's
         flat = norm_rows(flat, norm_weight, norm_bias, norm, eps, round_once=not return_normed)
-    cos, sin = (None, None) if rope is None else (angles.flatten(0, 1).contiguous() for angles in rope)
+    cos, sin = (None if angles is None else angles.flatten(0, 1).contiguous() for angles in (cos, sin))
     if skinny:
         follows = None
-        if has_heads:
-            follows = skinny_gemm.Heads(
-                q_heads, k_heads, head_dim, qk_norm, q_norm_weight, k_norm_weight, eps, cos, sin, interleaved
-            )
+        if split is not None:
+            q_weight, k_weight = _contiguous(q_norm_weight), _contiguous(k_norm_weight)
+            follows = skinny_gemm.Heads(*split, qk_norm, q_weight, k_weight, eps, cos, sin, interleaved)
         qkv = skinny_gemm.skinny_gemm(
             flat,
             weight,
-            bias,
-            norm_weight=norm_weight if deferred else None,
+            _contiguous(bias),
+            norm_weight=_contiguous(norm_weight) if deferred else None,
             rms_eps=eps if deferred else None,
             weight_scale=weight_scale,
             transposed=transposed,
@@ -136,14 +180,12 @@ def norm_qkv(
         from tp_attention.kernels.gemm import gemm
 
         qkv = gemm(flat, weight, bias, weight_scale=weight_scale, transposed=transposed)
-        if has_heads:
+        if split is not None:
             from tp_attention.kernels.rope import qk_norm_rope_
 
             qk_norm_rope_(
                 qkv,
-                q_heads,
-                k_heads,
-                head_dim,
+                *split,
                 qk_norm=qk_norm,
                 q_norm_weight=q_norm_weight,
                 k_norm_weight=k_norm_weight,
@@ -156,7 +198,7 @@ def norm_qkv(
     return (qkv, x if norm is None else flat.view(x.shape)) if return_normed else qkv
 
 
-@traceable(_fake_norm)
+@traceable(_fake_norm, check=_check_norm)
 def norm(
     x: Tensor,
     weight: Tensor | None,
@@ -180,7 +222,7 @@ def norm(
     return norm_rows(x.reshape(-1, x.shape[-1]), weight, bias, kind, eps).view(x.shape)
 
 
-@traceable(_fake_linear)
+@traceable(_fake_linear, check=_check_linear)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -198,14 +240,7 @@ def linear(
 
     Raises ValueError and RuntimeError as `attention` does.
     """
-    columns = check_weight(x, weight, bias, transposed, weight_scale)
-    if out is not None:
-        check_like("out", out, "x", x)
-        if out.shape != (*x.shape[:-1], columns) or not out.is_contiguous():
-            raise ValueError(
-                f"out is {list(out.shape)} with strides {list(out.stride())}; expected a contiguous "
-                f"{[*x.shape[:-1], columns]}"
-            )
+    columns = _check_linear(x, weight, bias, transposed, weight_scale, out)
     if not _use_kernels(x, weight, weight_scale, backend):
         return eager.linear(x, weight, bias, transposed=transposed, weight_scale=weight_scale, out=out)
 
@@ -214,12 +249,16 @@ def linear(
 
     flat, flat_out = x.reshape(-1, x.shape[-1]), None if out is None else out.view(-1, columns)
     if flat.shape[0] <= MAX_ROWS:
-        y = skinny_gemm(flat, weight, bias, weight_scale=weight_scale, transposed=transposed, out=flat_out)
+        y = skinny_gemm(flat, weight, _contiguous(bias), weight_scale=weight_scale, transposed=transposed, out=flat_out)
     else:
         from tp_attention.kernels.gemm import gemm
 
         y = gemm(flat, weight, bias, weight_scale=weight_scale, transposed=transposed, out=flat_out)
     return y.view(*x.shape[:-1], columns) if out is None else out
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return vector if vector is None else vector.contiguous()
 
 
 def _use_kernels(x: Tensor, weight: Tensor, weight_scale: Tensor | None, backend: str) -> bool:

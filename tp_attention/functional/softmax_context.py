@@ -14,7 +14,7 @@ from torch import Tensor
 from tp_attention import eager, masks
 from tp_attention.config import DTYPES
 from tp_attention.functional.backends import choose_backend, refuse_grad
-from tp_attention.functional.checks import check_device, check_features, check_heads
+from tp_attention.functional.checks import check_device, check_features, check_groups, check_heads
 from tp_attention.functional.library import traceable
 from tp_attention.functional.prefill import kernel_obstacle
 from tp_attention.masks import Window
@@ -37,7 +37,83 @@ def _fake_context(probabilities: Tensor, v: Tensor, **_: Any) -> list[Tensor]:
     return [v.new_empty((batch, queries, heads, v.shape[3]))]
 
 
-@traceable(_fake_softmax_context)
+def _check_softmax_context(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_start: int,
+    group_size: int | None,
+    kv_start: int,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: Window | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+    **_: Any,
+) -> None:
+    check_heads(q, k, v, q_start, group_size, kv_start)
+    check_features(q, k.shape[1], mask, alibi_slopes, window, softcap, sinks)
+
+
+def _check_scores(q: Tensor, k: Tensor, *, dtype: torch.dtype, **keywords: Any) -> None:
+    _check_softmax_context(q, k, k, **keywords)
+    _check_dtype(dtype)
+
+
+def _check_softmax(
+    scores: Tensor,
+    *,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: Window | None,
+    sinks: Tensor | None,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
+    **_: Any,
+) -> None:
+    if scores.dim() != 4 or scores.dtype not in DTYPES:
+        raise ValueError(
+            f"scores are {scores.dtype} {list(scores.shape)}; expected [B, Hq, T, S] in one of "
+            f"{', '.join(map(str, DTYPES))}"
+        )
+    check_features(scores.transpose(1, 2), scores.shape[3], mask, alibi_slopes, window, None, sinks)
+    _check_dtype(dtype or scores.dtype)
+    if out is not None:
+        if out.shape != scores.shape or dtype not in (None, out.dtype) or (out.stride(3) != 1 and out.shape[3] > 1):
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)}, last stride {out.stride()[-1:]}; expected "
+                f"{dtype or 'floats'} {list(scores.shape)}, last stride 1"
+            )
+        _check_dtype(out.dtype)
+        check_device("out", out, scores)
+
+
+def _check_context(
+    probabilities: Tensor, v: Tensor, *, q_start: int, group_size: int | None, kv_start: int, **_: Any
+) -> None:
+    if (
+        probabilities.dim() != 4
+        or v.dim() != 4
+        or probabilities.shape[::3] != v.shape[:2]
+        or not v.shape[3]
+        or not probabilities.is_floating_point()
+    ):
+        raise ValueError(
+            f"probabilities {probabilities.dtype} {list(probabilities.shape)} and v {list(v.shape)} do not fit; "
+            "expected floats [B, Hq, T, S] and [B, S, Hkv, D] with D >= 1"
+        )
+    _check_dtype(v.dtype)
+    check_groups(probabilities.shape[1], v.shape[2], q_start, group_size, kv_start)
+    check_device("probabilities", probabilities, v)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+
+
+@traceable(_fake_softmax_context, check=_check_softmax_context)
 def softmax_context(
     q: Tensor,
     k: Tensor,
@@ -59,8 +135,6 @@ def softmax_context(
 
     Arguments and errors as in `attention`. A row that keeps no key is 0 in both; with sinks a row sums to less than 1.
     """
-    check_heads(q, k, v, q_start, group_size, kv_start)
-    check_features(q, k.shape[1], mask, alibi_slopes, window, softcap, sinks)
     features: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,
@@ -71,6 +145,7 @@ def softmax_context(
         "group_size": group_size,
         "kv_start": kv_start,
     }
+    _check_softmax_context(q, k, v, window=window, **features)
     if choose_backend(backend, q.device, kernel_obstacle(q)) == "torch" or k.shape[1] == 0 or q.numel() == 0:
         return eager.softmax_context(q, k, v, causal=causal, window=window, **features)
     refuse_grad(q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
@@ -79,7 +154,7 @@ def softmax_context(
     return kernel(q, k, v, reach=masks.effective_window(q.shape[1], k.shape[1], causal, window), **features)
 
 
-@traceable(_fake_scores)
+@traceable(_fake_scores, check=_check_scores)
 def score_4d_matmul(
     q: Tensor,
     k: Tensor,
@@ -100,9 +175,6 @@ def score_4d_matmul(
 
     Keywords and errors as in `attention`. dtype is fp32 for a reason: fp16 ends at 65504, bf16 has 8 bits of a score.
     """
-    check_heads(q, k, k, q_start, group_size, kv_start)
-    check_features(q, k.shape[1], mask, alibi_slopes, window, softcap, None)
-    _check_dtype(dtype)
     features: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,
@@ -113,6 +185,7 @@ def score_4d_matmul(
         "kv_start": kv_start,
         "dtype": dtype,
     }
+    _check_scores(q, k, window=window, **features)
     obstacle = kernel_obstacle(q) or _no_kernels_for(dtype)
     if choose_backend(backend, q.device, obstacle) == "torch" or k.shape[1] == 0 or q.numel() == 0:
         return eager.score_4d_matmul(q, k, causal=causal, window=window, **features)
@@ -123,7 +196,7 @@ def score_4d_matmul(
     return materialised.score_4d_matmul(q, k, reach=reach, **features)
 
 
-@traceable(_fake_softmax)
+@traceable(_fake_softmax, check=_check_softmax)
 def softmax(
     scores: Tensor,
     *,
@@ -142,22 +215,9 @@ def softmax(
     score_4d_matmul applied. A row that keeps no key is 0. dtype: of the result, None = that of scores. out: where to
     put it, last stride 1; it may be scores. Raises ValueError and RuntimeError as `attention` does.
     """
-    if scores.dim() != 4 or scores.dtype not in DTYPES:
-        raise ValueError(
-            f"scores are {scores.dtype} {list(scores.shape)}; expected [B, Hq, T, S] in one of "
-            f"{', '.join(map(str, DTYPES))}"
-        )
-    check_features(scores.transpose(1, 2), scores.shape[3], mask, alibi_slopes, window, None, sinks)
-    if out is not None:
-        if out.shape != scores.shape or dtype not in (None, out.dtype) or (out.stride(3) != 1 and out.shape[3] > 1):
-            raise ValueError(
-                f"out is {out.dtype} {list(out.shape)}, last stride {out.stride()[-1:]}; expected "
-                f"{dtype or 'floats'} {list(scores.shape)}, last stride 1"
-            )
-        check_device("out", out, scores)
-    dtype = out.dtype if out is not None else dtype or scores.dtype
-    _check_dtype(dtype)
     features: dict[str, Any] = {"mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    _check_softmax(scores, window=window, dtype=dtype, out=out, **features)
+    dtype = out.dtype if out is not None else dtype or scores.dtype
     obstacle = _no_kernels_for(scores.dtype) or _no_kernels_for(dtype)
     if choose_backend(backend, scores.device, obstacle) == "torch" or scores.numel() == 0:
         return eager.softmax(scores, causal=causal, window=window, dtype=dtype, out=out, **features)
@@ -169,7 +229,7 @@ def softmax(
     return materialised.softmax(scores, out, reach=reach, **features)
 
 
-@traceable(_fake_context)
+@traceable(_fake_context, check=_check_context)
 def context_4d_matmul(
     probabilities: Tensor,
     v: Tensor,
@@ -183,33 +243,15 @@ def context_4d_matmul(
 
     Probabilities of another dtype are rounded to v's. Other keywords and errors as in `attention`.
     """
-    if (
-        probabilities.dim() != 4
-        or v.dim() != 4
-        or probabilities.shape[::3] != v.shape[:2]
-        or not probabilities.is_floating_point()
-    ):
-        raise ValueError(
-            f"probabilities {probabilities.dtype} {list(probabilities.shape)} and v {list(v.shape)} do not fit; "
-            "expected floats [B, Hq, T, S] and [B, S, Hkv, D]"
-        )
-    batch, heads, tokens, keys = probabilities.shape
-    as_q = v.new_empty(()).expand(batch, tokens, heads, v.shape[3])  # what check_heads reads of a q
-    check_heads(as_q, v, v, q_start, group_size, kv_start)
-    check_device("probabilities", probabilities, v)
     features: dict[str, Any] = {"q_start": q_start, "group_size": group_size, "kv_start": kv_start}
+    _check_context(probabilities, v, **features)
     obstacle = kernel_obstacle(v) or _no_kernels_for(probabilities.dtype)
-    if choose_backend(backend, v.device, obstacle) == "torch" or keys == 0 or as_q.numel() == 0:
+    if choose_backend(backend, v.device, obstacle) == "torch" or probabilities.numel() == 0:
         return eager.context_4d_matmul(probabilities, v, **features)
     refuse_grad(probabilities=probabilities, v=v)
     from tp_attention.kernels import materialised
 
     return materialised.context_4d_matmul(probabilities, v, **features)
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
 
 
 def _no_kernels_for(dtype: torch.dtype) -> str | None:

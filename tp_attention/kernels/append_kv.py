@@ -81,8 +81,7 @@ def append_kv_kernel(
     if PDL:  # nothing is touched before every earlier launch is done: the last one may still read the cache
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    i_row = tl.program_id(0).to(tl.int64)
-    i_b, i_t = i_row // tokens, i_row % tokens
+    i_b, i_t = (tl.program_id(0) // tokens).to(tl.int64), (tl.program_id(0) % tokens).to(tl.int64)
     i_part, q_parts = tl.program_id(1), tl.cdiv(heads, HEADS)
     o_d = tl.arange(0, BLOCK_D)
     if p_cos is not None:
@@ -93,7 +92,7 @@ def append_kv_kernel(
         m = (o_h < heads)[:, None] & (o_d < D)[None, :]
         p_old = p_q + i_b * stride_qb + i_t * stride_qt + o_h[:, None] * stride_qh
         b_q = _turned(p_old, o_d, m, p_cos, p_sin, angles, INTERLEAVED)
-        tl.store(p_out + (i_row * heads + o_h[:, None]) * D + o_d[None, :], b_q, mask=m)
+        tl.store(p_out + ((i_b * tokens + i_t) * heads + o_h[:, None]) * D + o_d[None, :], b_q, mask=m)
     else:
         o_h = ((i_part - q_parts) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         at = tl.load(p_lengths + i_b) - tokens + i_t

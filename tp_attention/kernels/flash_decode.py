@@ -92,7 +92,7 @@ def _rows(stride_b, stride_s, i_page, j, PAGE: tl.constexpr, BLOCK_N: tl.constex
     elif PAGE % BLOCK_N == 0:
         return i_page * stride_b + tl.cast(j % PAGE, tl.int64) * stride_s + o_n * stride_s
     else:
-        return i_page * stride_b + (j + o_n) % PAGE * stride_s
+        return i_page * stride_b + ((j + tl.arange(0, BLOCK_N)) % PAGE).to(tl.int64) * stride_s
 
 
 @triton.jit

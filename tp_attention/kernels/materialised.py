@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_attention.kernels import configs
-from tp_attention.kernels.flash_prefill import aligned, strides_of
 from tp_attention.kernels.launch import launch
+from tp_attention.kernels.operands import aligned, load_rows, strides_of
 from tp_attention.kernels.scores import (
     LN2,
     LOG2E,
@@ -25,7 +25,6 @@ from tp_attention.kernels.scores import (
     reach_mask,
     shape_scores,
 )
-from tp_attention.kernels.softmax_context import load_rows
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ CONFIGS: dict[configs.Key, Config] = {
 }
 
 
-# `keys` is the row stride of scores and probabilities: wide accesses need to know when it is a multiple of 16.
+# `keys` is the row stride of scores and probabilities: wide accesses need to know when it and a mask's strides are
+# multiples of 16.
 @triton.jit(do_not_specialize=["tokens", "heads", "q_start", "group_size", "kv_start", "left", "right"])
 def score_kernel(
     q, k, p_s,  # [B, T, Hq, D], [B, S, Hkv, D], [B, Hq, T, S] contiguous
@@ -87,9 +87,11 @@ def score_kernel(
     b_s = tl.full((BLOCK_M, BLOCK_N), -float("inf"), tl.float32)
     if seen:
         b_q = load_rows(q + b64 * stride_qb + h64 * stride_qh, i_b, i_h, row, tokens, stride_qt, D, BLOCK_M, BLOCK_D,
-                        False, True, UPCAST)  # fmt: skip
+                        False, True)  # fmt: skip
         b_k = load_rows(k + b64 * stride_kb + i_kv.to(tl.int64) * stride_kh, i_b, i_kv, j, keys, stride_ks, D, BLOCK_N,
-                        BLOCK_D, False, True, UPCAST)  # fmt: skip
+                        BLOCK_D, False, True)  # fmt: skip
+        if UPCAST:
+            b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
         b_s = tl.dot(b_q, b_k.T, input_precision="ieee")
         b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
         b_s = shape_scores(b_s, scale, softcap, b_slope, o_i, o_j, HAS_SOFTCAP, HAS_ALIBI)
@@ -183,7 +185,9 @@ def context_kernel(
     for j in tl.range(0, keys, BLOCK_N):
         o_j = tl.multiple_of(j, BLOCK_N) + tl.arange(0, BLOCK_N)
         b_p = tl.load(p_p + o_j[None, :], mask=m_t & (o_j < keys)[None, :], other=0)  # [M, N]
-        b_v = load_rows(v, i_b, i_kv, j, keys, stride_vs, D, BLOCK_N, BLOCK_D, False, True, UPCAST)
+        b_v = load_rows(v, i_b, i_kv, j, keys, stride_vs, D, BLOCK_N, BLOCK_D, False, True)
+        if UPCAST:
+            b_v = b_v.to(tl.float32)
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")
     o_d = tl.arange(0, BLOCK_D)
     p_out += ((b64 * tokens + o_t) * heads + h64)[:, None] * D_OUT + o_d[None, :]
@@ -215,6 +219,7 @@ def score_4d_matmul(
     left, right = reach
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
+    alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
     key = (configs.architecture(q.device), "scores", block_d, q.element_size())
     config = configs.choose("materialised", CONFIGS, key, config)
     args = (
@@ -249,6 +254,7 @@ def softmax(
     scores = _unit_last(scores)
     left, right = reach
     mask, kind, mask_strides = as_kernels_read(mask)
+    alibi_slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
     config = configs.choose("materialised", CONFIGS, (configs.architecture(scores.device), "softmax"), config)
     # a power of two: a kernel for each, not for each length
     block_s = min(config.block_n, max(64, 1 << (keys - 1).bit_length()))

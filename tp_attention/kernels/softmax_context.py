@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_attention.kernels import configs
-from tp_attention.kernels.flash_prefill import aligned, strides_of
 from tp_attention.kernels.launch import launch
+from tp_attention.kernels.operands import aligned, descriptor, load_rows, strides_of
 from tp_attention.kernels.scores import (
     ADDITIVE_MASK,
     LOG2E,
@@ -69,27 +69,6 @@ CONFIGS = {
 
 
 @triton.jit
-def load_rows(
-    x, i_b, i_h, row, end, stride,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, EDGE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Rows row..row+ROWS of one head, [ROWS, BLOCK_D]; 0 past D, and from `end` on where EDGE."""
-    if TMA:  # the descriptor knows where the tensor ends, and fills with 0
-        b_x = x.load([i_b, i_h, row, 0]).reshape(ROWS, BLOCK_D)
-    else:
-        o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-        p_x = x + tl.cast(row, tl.int64) * stride + (o_r[:, None] * stride + o_d[None, :])
-        if EDGE:
-            b_x = tl.load(p_x, mask=(row + o_r < end)[:, None] & (o_d < D)[None, :], other=0)
-        elif D < BLOCK_D:
-            b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0)
-        else:
-            b_x = tl.load(p_x)
-    return b_x.to(tl.float32) if UPCAST else b_x
-
-
-@triton.jit
 def _store(p_p, i_head, row, j, b_p, m_t, keys, TMA: tl.constexpr, EDGE: tl.constexpr):
     """b_p [M, N] into P at row, j. p_p: a descriptor of [B·Hq, T, S], or [M, 1] pointers to the starts of the rows."""
     if TMA:
@@ -103,8 +82,13 @@ def _store(p_p, i_head, row, j, b_p, m_t, keys, TMA: tl.constexpr, EDGE: tl.cons
             tl.store(p_p + o_j[None, :], b_p, mask=m_t)
 
 
-# Not `keys`: it is the row stride of P, and wide stores need to know when it is a multiple of 16.
-@triton.jit(do_not_specialize=["tokens", "heads", "q_start", "group_size", "kv_start", "left", "right"])
+# Not `keys`: it is the row stride of P, and wide stores need to know when it is a multiple of 16. Strides of a mask,
+# which go with T and S: it is read one or two elements at a time, as the products lie, whatever they are.
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "heads", "q_start", "group_size", "kv_start", "left", "right", "stride_mb", "stride_mh", "stride_mt",
+    ]
+)  # fmt: skip
 def softmax_context_kernel(
     q, k, v,  # [B, T, Hq, D], [B, S, Hkv, D]: pointers, or descriptors of [B, H, tokens, D] where TMA
     p_out, p,  # [B, T, Hq, D], [B, Hq, T, S], contiguous; p is a descriptor of [B·Hq, T, S] where TMA_P
@@ -138,7 +122,9 @@ def softmax_context_kernel(
     if MASK:
         p_mask += b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt
 
-    b_q = load_rows(q, i_b, i_h, row, tokens, stride_qt, D, BLOCK_M, BLOCK_D, TMA, True, UPCAST)
+    b_q = load_rows(q, i_b, i_h, row, tokens, stride_qt, D, BLOCK_M, BLOCK_D, TMA, True)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
     b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
     # RAW scores are scaled only here: max(s)·c and the s·c − top of exp2 cost one instruction an element
     factor = scale * LOG2E if RAW else 1.0
@@ -181,7 +167,9 @@ def softmax_context_kernel(
             for j in tl.range(zone_first, zone_last, BLOCK_N):
                 j = tl.multiple_of(j, BLOCK_N)
                 o_j = j + tl.arange(0, BLOCK_N)
-                b_k = load_rows(k, i_b, i_kv, j, keys, stride_ks, D, BLOCK_N, BLOCK_D, TMA, EDGE, UPCAST)
+                b_k = load_rows(k, i_b, i_kv, j, keys, stride_ks, D, BLOCK_N, BLOCK_D, TMA, EDGE)
+                if UPCAST:
+                    b_k = b_k.to(tl.float32)
                 b_s = tl.dot(b_q, b_k.T, input_precision="ieee")  # [M, N]
                 if not RAW:
                     b_s = shape_scores(b_s, scale, softcap, b_slope, o_i, o_j, HAS_SOFTCAP, HAS_ALIBI)
@@ -203,7 +191,9 @@ def softmax_context_kernel(
                     if SWEEP == 1:
                         b_p = tl.exp2(b_s * factor - top[:, None])
                     _store(p, i_head, row, j, b_p * inverse[:, None], m_t, keys, TMA_P, EDGE)
-                    b_v = load_rows(v, i_b, i_kv, j, keys, stride_vs, D, BLOCK_N, BLOCK_D, TMA, EDGE, UPCAST)
+                    b_v = load_rows(v, i_b, i_kv, j, keys, stride_vs, D, BLOCK_N, BLOCK_D, TMA, EDGE)
+                    if UPCAST:
+                        b_v = b_v.to(tl.float32)
                     # not normalised: of many keys these would be too small for fp16
                     acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")
         if SWEEP == 0 and not ONE_BLOCK:
@@ -252,6 +242,7 @@ def softmax_context(
     q, k, v = aligned(q), aligned(k), aligned(v)
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
+    alibi_slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
     architecture = configs.architecture(q.device)
     tma = architecture == 90 and q.element_size() == 2
     tma_p = tma and keys % 8 == 0  # P is contiguous, and the copy engine writes rows that are 16-byte aligned
@@ -262,7 +253,7 @@ def softmax_context(
     operands: tuple[Any, ...] = (q, k, v)
     if tma:
         blocks = config.block_m, config.block_n, config.block_n
-        operands = tuple(_descriptor(x, rows, block_d) for x, rows in zip(operands, blocks, strict=True))
+        operands = tuple(descriptor(x, rows, block_d) for x, rows in zip(operands, blocks, strict=True))
     p: Any = probabilities
     if tma_p:
         p = TensorDescriptor.from_tensor(probabilities.flatten(0, 1), [1, config.block_m, config.block_n])
@@ -284,12 +275,3 @@ def softmax_context(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, probabilities
-
-
-def _descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """x [B, S, H, D] as [B, H, S, D], to be read `rows` tokens of one head at a time."""
-    batch, tokens, heads, head_dim = x.shape
-    stride_b, stride_t, stride_h = strides_of(x)
-    return TensorDescriptor(
-        x, [batch, heads, tokens, head_dim], [stride_b, stride_h, stride_t, 1], [1, 1, rows, block_d]
-    )
