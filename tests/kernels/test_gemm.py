@@ -73,9 +73,9 @@ def test_product(
         x = torch.nn.functional.pad(x, (0, 8))[:, :depth]
         wide = torch.full((rows, columns + 24), torch.nan, dtype=dtype, device=DEVICE)
         out = wide[:, 8 : 8 + columns]
-    config = dataclasses.replace(SMALL, tma=tma and dtype != torch.float32, flatten=flatten)
+    config = dataclasses.replace(SMALL, tma=tma, flatten=flatten, tail=SMALL.tail if tma else 0)
     if dtype == torch.float32:
-        config = dataclasses.replace(config, tail=0, block_k=16)
+        config = dataclasses.replace(config, tma=False, tail=0, block_k=16)
     y = gemm(x, weight.T.contiguous() if transposed else weight, bias, transposed=transposed, out=out, config=config)
     assert y.dtype == dtype
     assert_close(y, expected)

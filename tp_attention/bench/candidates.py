@@ -218,6 +218,7 @@ FAMILIES = {
             "warps": (4, 8),
             "stages": (3, 4, 6, 8),
             "blocks": (1, 2, 3),
+            "prefetch": (0, 256, 1024),
         },
         _skinny_fits,
     ),

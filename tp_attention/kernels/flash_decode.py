@@ -60,6 +60,8 @@ _ENTRIES = {
 CONFIGS = {
     **{(*key, many): config for key, config in _ENTRIES.items() for many in (False, True)},
     (90, 64, 2, 2, False, True): Config(16, 32, 2, 3, 1),
+    (90, 128, 2, 2, False, True): Config(16, 32, 2, 3, 4),
+    (90, 128, 2, 2, False, False): Config(16, 128, 4, 3, 1),
     (90, 128, 2, 1, False, False): Config(16, 32, 4, 3, 2),
     (90, 128, 2, 2, True, False): Config(64, 32, 4, 4, 1),
 }
@@ -326,7 +328,9 @@ def flash_decode(
     architecture, block_d = configs.architecture(q.device), max(16, 1 << (head_dim - 1).bit_length())
     # at most 16 rows take one tile, more at least one: the choice needs no more than that
     many = batch * kv_heads >= configs.multiprocessors(q.device)
-    key = (architecture, block_d, q.element_size(), k.element_size(), rows > 16, many)
+    # heads that end between two wide loads take so many registers that only the smallest blocks do not spill
+    tuned = architecture if head_dim * k.element_size() % 16 == 0 else 0
+    key = (tuned, block_d, q.element_size(), k.element_size(), rows > 16, many)
     config = configs.choose("flash_decode", CONFIGS, key, config)
     block_n = config.block_n if mask is None else min(64, config.block_n)  # a mask takes registers, too
     tiles = -(-rows // config.block_m)

@@ -25,6 +25,7 @@ from tp_attention.kernels.scores import (
     reach_mask,
     shape_scores,
 )
+from tp_attention.kernels.softmax_context import in_units
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,20 @@ CONFIGS: dict[configs.Key, Config] = {
 }
 
 
-# `keys` is the row stride of scores and probabilities: wide accesses need to know when it and a mask's strides are
-# multiples of 16.
-@triton.jit(do_not_specialize=["tokens", "heads", "q_start", "group_size", "kv_start", "left", "right"])
+# `keys` is the row stride of scores and probabilities: wide accesses need to know when it is a multiple of 16.
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "heads", "q_start", "group_size", "kv_start", "left", "right", "stride_mb", "stride_mh", "stride_mt",
+    ]
+)  # fmt: skip
 def score_kernel(
     q, k, p_s,  # [B, T, Hq, D], [B, S, Hkv, D], [B, Hq, T, S] contiguous
     p_mask, p_slopes,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_mb, stride_mh, stride_mt, stride_ms,
     tokens, keys, heads, q_start, group_size, kv_start, scale, softcap, left, right,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of queries · B·Hq, tiles of keys)."""
     tiles = tl.cdiv(tokens, BLOCK_M)
@@ -96,21 +100,21 @@ def score_kernel(
         b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
         b_s = shape_scores(b_s, scale, softcap, b_slope, o_i, o_j, HAS_SOFTCAP, HAS_ALIBI)
         if MASK:
-            p_tile = p_mask + b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt
-            b_s = masked_scores(b_s, p_tile + o_j.to(tl.int64)[None, :] * stride_ms, m_s, MASK)
+            p_rows = p_mask + (b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt) * UNIT
+            b_s = masked_scores(b_s, p_rows + o_j.to(tl.int64)[None, :] * stride_ms, m_s, MASK)
         b_s = tl.where(reach_mask(o_i, o_j, keys, left, right, HAS_LEFT, HAS_RIGHT), b_s * LN2, -float("inf"))
     p_s += (i_head.to(tl.int64) * tokens + o_t)[:, None] * keys + o_j[None, :]
     tl.store(p_s, b_s.to(p_s.dtype.element_ty), mask=m_s)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "left", "right"])
+@triton.jit(do_not_specialize=["tokens", "heads", "left", "right", "stride_mb", "stride_mh", "stride_mt"])
 def softmax_kernel(
     p_s, p_p,  # [B, Hq, T, S], last stride 1
     p_mask, p_slopes, p_sinks,
     stride_sb, stride_sh, stride_st, stride_pb, stride_ph, stride_pt, stride_mb, stride_mh, stride_mt, stride_ms,
     tokens, keys, heads, left, right,
-    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of ROWS queries · B·Hq. Rows longer than a block are read twice. p_p may be p_s."""
     tiles = tl.cdiv(tokens, ROWS)
@@ -125,7 +129,7 @@ def softmax_kernel(
     p_s += i_b * stride_sb + h64 * stride_sh + t64 * stride_st
     p_p += i_b * stride_pb + h64 * stride_ph + t64 * stride_pt
     if MASK:
-        p_mask += i_b * stride_mb + h64 * stride_mh + t64 * stride_mt
+        p_mask += (i_b * stride_mb + h64 * stride_mh + t64 * stride_mt) * UNIT
     b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
 
     # Sums are relative to exp2(top). A sink is one more logit.
@@ -219,6 +223,7 @@ def score_4d_matmul(
     left, right = reach
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
+    mask_strides, unit = in_units(mask_strides)
     alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
     key = (configs.architecture(q.device), "scores", block_d, q.element_size())
     config = configs.choose("materialised", CONFIGS, key, config)
@@ -228,7 +233,7 @@ def score_4d_matmul(
         1 / math.sqrt(head_dim) if scale is None else scale, softcap or 0.0, left or 0, right or 0,
     )  # fmt: skip
     constexprs = dict(
-        D=q.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, MASK=kind,
+        D=q.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, MASK=kind, UNIT=unit,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, HAS_SOFTCAP=softcap is not None,
         HAS_ALIBI=alibi_slopes is not None, UPCAST=configs.interpreted(),
     )  # fmt: skip
@@ -254,6 +259,7 @@ def softmax(
     scores = _unit_last(scores)
     left, right = reach
     mask, kind, mask_strides = as_kernels_read(mask)
+    mask_strides, unit = in_units(mask_strides)
     alibi_slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
     config = configs.choose("materialised", CONFIGS, (configs.architecture(scores.device), "softmax"), config)
     # a power of two: a kernel for each, not for each length
@@ -264,7 +270,7 @@ def softmax(
         tokens, keys, heads, left or 0, right or 0,
     )  # fmt: skip
     constexprs = dict(
-        ROWS=rows, BLOCK_S=block_s, ONE_BLOCK=keys <= block_s, MASK=kind, HAS_LEFT=left is not None,
+        ROWS=rows, BLOCK_S=block_s, ONE_BLOCK=keys <= block_s, MASK=kind, UNIT=unit, HAS_LEFT=left is not None,
         HAS_RIGHT=right is not None, HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None,
     )  # fmt: skip
     launch(

@@ -31,7 +31,10 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Config:
-    """blocks: how many of them an SM holds at once, which is what K is split for. tma: weights by tile loads."""
+    """blocks: how many of them an SM holds at once, which is what K is split for. tma: weights by tile loads.
+
+    prefetch: bytes of each of its rows of the weight that a program asks for while the kernel before it is ending.
+    """
 
     block_n: int
     block_k: int
@@ -39,6 +42,7 @@ class Config:
     stages: int
     blocks: int
     tma: bool = False
+    prefetch: int = 0
 
 
 # (architecture, rows of x padded, what the weights are)
@@ -121,9 +125,6 @@ def _widened(b_w, UPCAST: tl.constexpr, BF16: tl.constexpr):
         return tl.inline_asm_elementwise(_TO_FP16, "=&r,=&r,r", [b_w], (tl.float16, tl.float16), is_pure=True, pack=2)
 
 
-# Bytes of each of its rows that a program asks for before it may start: with 96 programs of 128 rows 12 MB, about what
-# the memory delivers while the kernel before is ending.
-PREFETCH = tl.constexpr(1024)
 _PREFETCH_L2 = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
 
 
@@ -156,6 +157,7 @@ def skinny_gemm_kernel(
     EVEN_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -177,7 +179,7 @@ def skinny_gemm_kernel(
     first = i_s * steps
     if PDL:
         # Weights are no kernel's output, and the L2 has the newest bytes anyway: their way in need not wait.
-        if TMA and not TRANSPOSED:
+        if PREFETCH and TMA and not TRANSPOSED:
             start = (first // SPAN * GROUP + first % SPAN * BLOCK_K if GROUP else first * BLOCK_K) // WORD
             nbytes = min(steps * (BLOCK_K // WORD), K // WORD - start) * (p_w.dtype.element_ty.primitive_bitwidth // 8)
             if nbytes > 0:
@@ -400,8 +402,8 @@ def skinny_gemm(
     )  # fmt: skip
     constexprs = dict(
         GROUP=group, PACKED=packed, HAS_NORM_WEIGHT=norm_weight is not None, HAS_BIAS=product_bias is not None,
-        EVEN_K=(group or depth) % block_k == 0, TRANSPOSED=transposed, TMA=tma, PDL=pdl, UPCAST=configs.interpreted(),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        EVEN_K=(group or depth) % block_k == 0, TRANSPOSED=transposed, TMA=tma, PREFETCH=config.prefetch, PDL=pdl,
+        UPCAST=configs.interpreted(), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     options = dict(num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}))
     launch(skinny_gemm_kernel, (tiles, splits), x.device, args, constexprs, **options)

@@ -51,7 +51,8 @@ CONFIGS = {
     (90, 256, 2, "long"): Config(128, 64, 8, 2),
     **{(90, d, 2, "pointers"): Config(128, 32, 8, 2) for d in (16, 32, 64, 128)},
     (90, 256, 2, "pointers"): Config(64, 32, 8, 2),
-    **{(80, d, 2, case): Config(128, 32, 8, 3) for d in (16, 32, 64) for case in ("long", "pointers")},
+    **{(80, d, 2, "long"): Config(128, 32, 8, 3) for d in (16, 32, 64)},
+    **{(80, d, 2, "pointers"): Config(64, 32, 8, 3) for d in (16, 32, 64)},
     **{(80, 128, 2, case): Config(64, 32, 8, 3) for case in ("long", "pointers")},
     (80, 256, 2, "long"): Config(64, 32, 8, 2),
     **{(arch, d, 2, "short"): Config(64, 128, 8, 1) for arch in (80, 90) for d in (16, 32, 64, 128)},
@@ -82,8 +83,7 @@ def _store(p_p, i_head, row, j, b_p, m_t, keys, TMA: tl.constexpr, EDGE: tl.cons
             tl.store(p_p + o_j[None, :], b_p, mask=m_t)
 
 
-# Not `keys`: it is the row stride of P, and wide stores need to know when it is a multiple of 16. Strides of a mask,
-# which go with T and S: it is read one or two elements at a time, as the products lie, whatever they are.
+# Not `keys`: it is the row stride of P, and wide stores need to know when it is a multiple of 16.
 @triton.jit(
     do_not_specialize=[
         "tokens", "heads", "q_start", "group_size", "kv_start", "left", "right", "stride_mb", "stride_mh", "stride_mt",
@@ -97,7 +97,7 @@ def softmax_context_kernel(
     stride_mb, stride_mh, stride_mt, stride_ms,
     tokens, keys, heads, q_start, group_size, kv_start, scale, softcap, left, right,
     D: tl.constexpr, D_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, RAW: tl.constexpr,
     UPCAST: tl.constexpr, TMA: tl.constexpr, TMA_P: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def softmax_context_kernel(
     if not TMA_P:
         p += (i_head.to(tl.int64) * tokens + o_t)[:, None] * keys  # [M, 1]: row starts
     if MASK:
-        p_mask += b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt
+        p_mask += (b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt) * UNIT
 
     b_q = load_rows(q, i_b, i_h, row, tokens, stride_qt, D, BLOCK_M, BLOCK_D, TMA, True)
     if UPCAST:
@@ -242,6 +242,7 @@ def softmax_context(
     q, k, v = aligned(q), aligned(k), aligned(v)
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
+    mask_strides, unit = in_units(mask_strides)
     alibi_slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
     architecture = configs.architecture(q.device)
     tma = architecture == 90 and q.element_size() == 2
@@ -265,7 +266,7 @@ def softmax_context(
     )  # fmt: skip
     constexprs = dict(
         D=q.shape[3], D_OUT=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d,
-        ONE_BLOCK=keys <= config.block_n, MASK=kind, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        ONE_BLOCK=keys <= config.block_n, MASK=kind, UNIT=unit, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         HAS_SOFTCAP=softcap is not None, HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None,
         RAW=softcap is None and alibi_slopes is None and kind != ADDITIVE_MASK.value and scale > 0,
         UPCAST=configs.interpreted(), TMA=tma, TMA_P=tma_p,
@@ -275,3 +276,12 @@ def softmax_context(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, probabilities
+
+
+def in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """A mask's strides, all but the last in units of 16 elements where possible, and the unit.
+
+    Such a constant in a kernel lets it read 16 bytes at a time, and a mask's sizes need no kernel of their own.
+    """
+    unit = 16 if all(stride % 16 == 0 for stride in strides[:3]) else 1
+    return (*(stride // unit for stride in strides[:3]), strides[3]), unit
