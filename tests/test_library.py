@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused_as_in_an_eager_call(name: str) -> None:
 def test_no_graph_of_tensors_that_require_grad(name: str) -> None:
     function, (first, *others), keywords = call_of(name)
     first.requires_grad_()
-    with pytest.raises(RuntimeError, match="requires grad"):
+    with pytest.raises(RuntimeError, match=r"requires grad|Observed exception"):  # torch names ours or not
         torch.compile(lambda x: function(x, *others, **keywords), fullgraph=True)(first)
     with torch.no_grad():
         torch.compile(lambda x: function(x, *others, **keywords), fullgraph=True)(first)

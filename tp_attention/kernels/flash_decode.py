@@ -328,8 +328,8 @@ def flash_decode(
     architecture, block_d = configs.architecture(q.device), max(16, 1 << (head_dim - 1).bit_length())
     # at most 16 rows take one tile, more at least one: the choice needs no more than that
     many = batch * kv_heads >= configs.multiprocessors(q.device)
-    # heads that end between two wide loads take so many registers that only the smallest blocks do not spill
-    tuned = architecture if head_dim * k.element_size() % 16 == 0 else 0
+    # loads of a part of a block take so many registers that only the smallest ones do not spill
+    tuned = architecture if head_dim == block_d else 0
     key = (tuned, block_d, q.element_size(), k.element_size(), rows > 16, many)
     config = configs.choose("flash_decode", CONFIGS, key, config)
     block_n = config.block_n if mask is None else min(64, config.block_n)  # a mask takes registers, too
