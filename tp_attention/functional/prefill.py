@@ -13,6 +13,7 @@ from tp_attention.functional.checks import check_device, check_features, check_h
 from tp_attention.functional.library import traceable
 from tp_attention.masks import Window
 
+FEW_QUERIES = 16  # at most so many query tokens share their reading of the keys, which are split over the GPU instead
 MAX_HEAD_DIM = 256  # of the kernels: a block of wider heads no longer fits the registers
 
 
@@ -78,6 +79,11 @@ def attention(
     if choose_backend(backend, q.device, kernel_obstacle(q)) == "torch" or k.shape[1] == 0 or q.numel() == 0:
         return eager.attention(q, k, v, causal=causal, window=window, **features)
     refuse_grad(q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
+    if q.shape[1] <= FEW_QUERIES:
+        from tp_attention.kernels.flash_decode import flash_decode
+
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        return flash_decode(q, k, v, causal=causal, window=window, **features)
     from tp_attention.kernels.flash_prefill import flash_attention
 
     reach = masks.effective_window(q.shape[1], k.shape[1], causal, window)

@@ -26,6 +26,7 @@ from tp_attention.kernels.scores import (
     LN2,
     LOG2E,
     as_kernels_read,
+    in_units,
     masked_scores,
     reach_mask,
     shape_scores,
@@ -118,7 +119,8 @@ def flash_prefill_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_mh, stride_mt, stride_ms,
     tokens, keys, sequences, heads, tiles, heads_together, q_start, group_size, kv_start, scale, softcap, left, right,
-    D: tl.constexpr, D_OUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_OUT: tl.constexpr, ALIGN: tl.constexpr, MASK_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     TMA: tl.constexpr, VARLEN: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -163,18 +165,18 @@ def flash_prefill_kernel(
         k, v = p_k, p_v
         b_q = p_q.load([i_b, i_h, q_base + row, 0]).reshape(BLOCK_M, BLOCK_D)
     else:
-        stride_qt, stride_qh = tl.multiple_of(stride_qt, ALIGN), tl.multiple_of(stride_qh, ALIGN)
-        stride_ks, stride_kh = tl.multiple_of(stride_ks, ALIGN), tl.multiple_of(stride_kh, ALIGN)
-        stride_vs, stride_vh = tl.multiple_of(stride_vs, ALIGN), tl.multiple_of(stride_vh, ALIGN)
-        k = p_k + b64 * stride_kb + kv64 * stride_kh
-        v = p_v + b64 * stride_vb + kv64 * stride_vh
-        q = p_q + b64 * stride_qb + h64 * stride_qh
-        b_q = load_rows(q, i_b, i_h, q_base + row, q_base + tokens, stride_qt, D, BLOCK_M, BLOCK_D, False, True)
+        # strides came in units of 16 bytes: as a factor that is known the compiler loads that much at a time
+        stride_ks *= ALIGN
+        stride_vs *= ALIGN
+        k = p_k + (b64 * stride_kb + kv64 * stride_kh) * ALIGN
+        v = p_v + (b64 * stride_vb + kv64 * stride_vh) * ALIGN
+        q = p_q + (b64 * stride_qb + h64 * stride_qh) * ALIGN
+        b_q = load_rows(q, i_b, i_h, q_base + row, q_base + tokens, stride_qt * ALIGN, D, BLOCK_M, BLOCK_D, False, True)
     if UPCAST:
         b_q = b_q.to(tl.float32)
     b_slope = tl.load(p_slopes + i_h).to(tl.float32) if HAS_ALIBI else 0.0
     if MASK:
-        p_mask += b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt
+        p_mask += (b64 * stride_mb + h64 * stride_mh + o_t.to(tl.int64)[:, None] * stride_mt) * MASK_UNIT
 
     # Keys first..last are seen by some row of the block, full_first..full_last by every one.
     first, last = 0, keys
@@ -266,6 +268,8 @@ def flash_attention(
     left, right = reach
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     mask, kind, mask_strides = as_kernels_read(mask)
+    mask_strides, mask_unit = in_units(mask_strides)
+    align = 16 // q.element_size()
     architecture = configs.architecture(q.device)
     tma = architecture == 90 and q.element_size() == 2
     masked = "mask" if mask is not None else "full" if reach == (None, None) else "edge"
@@ -283,13 +287,13 @@ def flash_attention(
         qkv = tuple(descriptor(x, rows, block_d) for x, rows in zip(qkv, blocks, strict=True))
     args = (
         *qkv, out, lse, mask, alibi_slopes, sinks, cu_q, cu_k,
-        *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out),
+        *[stride // align for x in (q, k, v) for stride in strides_of(x)], *strides_of(out),
         *((0, 0) if lse is None else lse.stride()[:2]), *mask_strides,
         tokens, keys, sequences, heads, tiles, together, q_start, group_size, kv_start, scale, softcap or 0.0,
         left or 0, right or 0,
     )  # fmt: skip
     constexprs = dict(
-        D=q.shape[3], D_OUT=head_dim, ALIGN=16 // q.element_size(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        D=q.shape[3], D_OUT=head_dim, ALIGN=align, MASK_UNIT=mask_unit, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=block_d, BLOCK_B=max(64, 1 << (sequences - 1).bit_length()), TMA=tma,
         VARLEN=cu_seqlens is not None, MASK=kind, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -21,11 +21,11 @@ from tp_attention.kernels.scores import (
     LN2,
     LOG2E,
     as_kernels_read,
+    in_units,
     masked_scores,
     reach_mask,
     shape_scores,
 )
-from tp_attention.kernels.softmax_context import in_units
 
 
 @dataclass(frozen=True)

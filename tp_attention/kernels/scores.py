@@ -29,6 +29,15 @@ def as_kernels_read(mask: Tensor | None) -> tuple[Tensor | None, int, tuple[int,
     return mask, ADDITIVE_MASK.value, strides
 
 
+def in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """A mask's strides, all but the last in units of 16 elements where possible, and the unit.
+
+    Such a constant in a kernel lets it read 16 bytes at a time, and a mask's sizes need no kernel of their own.
+    """
+    unit = 16 if all(stride % 16 == 0 for stride in strides[:3]) else 1
+    return (*(stride // unit for stride in strides[:3]), strides[3]), unit
+
+
 @triton.jit
 def softcapped(s, softcap):
     """softcap · tanh(s / softcap), by exp2: the interpreter has no tanh, and a GPU's is made of exp2 too.

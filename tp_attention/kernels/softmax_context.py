@@ -26,6 +26,7 @@ from tp_attention.kernels.scores import (
     ADDITIVE_MASK,
     LOG2E,
     as_kernels_read,
+    in_units,
     masked_scores,
     reach_mask,
     shape_scores,
@@ -276,12 +277,3 @@ def softmax_context(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, probabilities
-
-
-def in_units(strides: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """A mask's strides, all but the last in units of 16 elements where possible, and the unit.
-
-    Such a constant in a kernel lets it read 16 bytes at a time, and a mask's sizes need no kernel of their own.
-    """
-    unit = 16 if all(stride % 16 == 0 for stride in strides[:3]) else 1
-    return (*(stride // unit for stride in strides[:3]), strides[3]), unit
