@@ -31,6 +31,8 @@ def main(architecture: int, wanted: list[str]) -> None:
                     needed, used = getattr(launch, feature), any(getattr(k, feature) for k in target.kernels)
                     if needed is not None and needed != used:
                         faults.append(f"{feature} is {'missing' if needed else 'used'}")
+            if len(target.kernels) > launch.kernels:
+                faults.append(f"{len(target.kernels)} kernels compiled, {launch.kernels} are enough")
             if not target.kernels:
                 faults.append("no kernel was launched")
             print(json.dumps({"launch": full, "faults": faults, "report": report(target)}), flush=True)

@@ -47,12 +47,12 @@ class Config:
 
 # (architecture, rows of x padded, what the weights are)
 CONFIGS = {
-    (90, 16, "half"): Config(128, 256, 4, 3, 1, tma=True),
-    (90, 32, "half"): Config(128, 64, 4, 6, 1, tma=True),
-    (90, 64, "half"): Config(128, 64, 4, 6, 1, tma=True),
-    (90, 16, "int8"): Config(128, 128, 8, 3, 2, tma=True),
-    (90, 32, "int8"): Config(128, 128, 8, 3, 2, tma=True),
-    (90, 64, "int8"): Config(128, 128, 8, 3, 2, tma=True),
+    (90, 16, "half"): Config(128, 64, 4, 6, 1, tma=True),
+    (90, 32, "half"): Config(128, 64, 4, 6, 1, tma=True, prefetch=256),
+    (90, 64, "half"): Config(128, 64, 4, 6, 1, tma=True, prefetch=256),
+    (90, 16, "int8"): Config(128, 128, 8, 3, 3, tma=True),
+    (90, 32, "int8"): Config(128, 128, 8, 3, 2, tma=True, prefetch=256),
+    (90, 64, "int8"): Config(128, 128, 8, 3, 2, tma=True, prefetch=256),
     (90, 16, "float32"): Config(64, 32, 8, 4, 2),
     (90, 32, "float32"): Config(64, 16, 4, 6, 2),
     (90, 64, "float32"): Config(64, 16, 8, 6, 2),

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """call: launches kernels. wgmma, tma: whether some kernel of it must use these on sm_90 (None: either way)."""
+    """call: launches kernels. wgmma, tma: whether some kernel of it must use these on sm_90 (None: either way).
+
+    kernels: at most so many may be compiled for it.
+    """
 
     call: Callable[[], object]
     wgmma: bool | None = None
     tma: bool | None = None
+    kernels: int = 2
