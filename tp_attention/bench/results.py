@@ -102,6 +102,24 @@ def append(path: Path, rows: Sequence[Row] | Sequence[KernelRow]) -> None:
     append_records(path, [field.name for field in fields(rows[0])], [asdict(row) for row in rows])
 
 
+def read(path: Path) -> list[KernelRow]:
+    """The kernel rows of a CSV file; none if it holds rows of another kind."""
+    floats = {"ms", "lower", "upper", "rate", "ceiling", "best", "error", "allowed"}
+    with path.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        if reader.fieldnames != [field.name for field in fields(KernelRow)]:
+            return []
+        return [
+            KernelRow(
+                **{
+                    name: text if name not in floats | {"samples"} else None if not text else float(text)
+                    for name, text in record.items()
+                }  # type: ignore[arg-type]
+            )
+            for record in reader
+        ]
+
+
 def append_records(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, object]]) -> None:
     """`append` for rows that are mappings."""
     path.parent.mkdir(parents=True, exist_ok=True)
