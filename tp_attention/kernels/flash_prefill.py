@@ -108,6 +108,7 @@ def _attend(
 
 # Nothing that grows with a sequence is specialised on: it would be compiled again and again.
 _GROWING = ["tokens", "keys", "sequences", "left", "right", "tiles", "heads_together"]
+_GROWING += ["stride_qb", "stride_kb", "stride_vb", "stride_ob"]
 _GROWING += ["stride_lb", "stride_lh", "stride_mb", "stride_mh", "stride_mt"]
 
 
@@ -225,7 +226,8 @@ def flash_prefill_kernel(
     b_out = acc / tl.where(m_empty, 1.0, total)[:, None]
     row64 = tl.cast(q_base + row, tl.int64)
     o_m = tl.arange(0, BLOCK_M)
-    p_rows = p_out + b64 * stride_ob + h64 * stride_oh + row64 * stride_ot + (o_m[:, None] * stride_ot + o_d[None, :])
+    p_out += (b64 * stride_ob + h64 * stride_oh + row64 * stride_ot) * D_OUT
+    p_rows = p_out + (o_m[:, None] * (stride_ot * D_OUT) + o_d[None, :])
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_t[:, None] & (o_d < D_OUT)[None, :])
     if HAS_LSE:
         b_lse = tl.where(m_empty, -float("inf"), (top + tl.log2(total)) * LN2)
@@ -287,7 +289,8 @@ def flash_attention(
         qkv = tuple(descriptor(x, rows, block_d) for x, rows in zip(qkv, blocks, strict=True))
     args = (
         *qkv, out, lse, mask, alibi_slopes, sinks, cu_q, cu_k,
-        *[stride // align for x in (q, k, v) for stride in strides_of(x)], *strides_of(out),
+        *[stride // align for x in (q, k, v) for stride in strides_of(x)],
+        *[stride // head_dim for stride in strides_of(out)],
         *((0, 0) if lse is None else lse.stride()[:2]), *mask_strides,
         tokens, keys, sequences, heads, tiles, together, q_start, group_size, kv_start, scale, softcap or 0.0,
         left or 0, right or 0,

@@ -25,6 +25,13 @@ def prefill() -> None:
             flash_attention(meta(1, tokens, 32, 128), k, k, reach=(None, 0))
 
 
+def uneven_prefill() -> None:
+    """Two of nine heads of 64: strides that are no multiples of 16."""
+    for tokens in LENGTHS:
+        k = meta(2, tokens, 1, 64)
+        flash_attention(meta(2, tokens, 5, 64), k, k, reach=(None, 0), q_start=4, group_size=9)
+
+
 def decode() -> None:
     for keys in (1, 2, *LENGTHS):
         k = meta(1, 20000, 8, 128)[:, :keys]
@@ -43,6 +50,7 @@ def projections() -> None:
 # and 64 rows, and their merge; one for each of 4 widths of tiles. And one to spare: the numbers of SMs and rows decide.
 LAUNCHES = {
     "prefill": Launch(prefill, kernels=1),
+    "prefill, uneven heads": Launch(uneven_prefill, kernels=1),
     "decode": Launch(decode, kernels=4),
     "projections": Launch(projections, kernels=10),
 }
