@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tp_attention import cli
-from tp_attention.bench import generation
+from tp_attention.bench import first_call, generation
 from tp_attention.bench.results import OURS, append, summarise
 
 
@@ -50,3 +50,10 @@ def test_different_tokens_are_not_timed(monkeypatch):
     monkeypatch.setattr(generation.models, "stream", lambda *_, **__: iter([(0, None), (0, None)]))
     with pytest.raises(RuntimeError, match="write different tokens"):
         next(generation.measure(["generate smollm2 short"], ["huggingface"], torch.device("cpu")))
+
+
+def test_first_call_is_measured_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    first_call.main(hidden=256)
+    first, second = capsys.readouterr().out.splitlines()
+    for line, start in ((first, "compiling: prefill "), (second, "from Triton's cache: prefill ")):
+        assert line.startswith(start) and "14 other lengths: 0 more" in line
