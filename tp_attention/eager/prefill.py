@@ -146,8 +146,19 @@ def _formula(
     scores = (q * scale) @ k.mT
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    weights, total, lse = softmax_parts(with_bias(scores, bias), sinks)
+    return weights @ v / total, lse
+
+
+def with_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """scores with a masks.score_bias: added, or -inf where it keeps nothing."""
+    if bias is None:
+        return scores
+    return scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+
+
+def softmax_parts(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """weights [..., s] and total [..., 1], whose ratio is the softmax of scores, 0 in an empty row; lse [..., 1]."""
     top = scores.amax(-1, keepdim=True)
     # finite, so that a row with nothing kept gives exp(-inf - pivot) = 0 and no NaN
     pivot = (top if sinks is None else torch.maximum(top, sinks)).clamp(min=torch.finfo(top.dtype).min)
@@ -157,7 +168,7 @@ def _formula(
         total = total + (sinks - pivot).exp()
     lse = (pivot + total.log()).masked_fill(top == -torch.inf, -torch.inf)
     # the greatest term of a total is 1: the clamp lifts only the 0 of an empty row
-    return weights @ v / total.clamp(min=1), lse
+    return weights, total.clamp(min=1), lse
 
 
 @dataclass(frozen=True)

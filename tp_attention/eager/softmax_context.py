@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tp_attention import masks
+from tp_attention.eager.prefill import softmax_parts, with_bias
 from tp_attention.masks import Window
 
 
@@ -86,14 +87,8 @@ def softmax(
     """functional.softmax unchecked: [B, Hq, T, S] -> [B, Hq, T, S]."""
     logits = _biased(scores.to(_wide(scores.dtype)), causal, window, mask, alibi_slopes)
     if scores.numel():
-        top = logits.amax(-1, keepdim=True)
-        sink = None if sinks is None else sinks.to(logits.dtype)[:, None, None]
-        # finite, so that a row with nothing kept gives exp(-inf - pivot) = 0 and no NaN
-        pivot = (top if sink is None else torch.maximum(top, sink)).clamp(min=torch.finfo(top.dtype).min)
-        weights = (logits - pivot).exp()
-        total = weights.sum(-1, keepdim=True)
-        # the greatest term of a total is 1: the clamp lifts only the 0 of an empty row
-        logits = weights / (total if sink is None else total + (sink - pivot).exp()).clamp(min=1)
+        weights, total, _ = softmax_parts(logits, None if sinks is None else sinks.to(logits.dtype)[:, None, None])
+        logits = weights / total
     return logits.to(dtype or scores.dtype) if out is None else out.copy_(logits)
 
 
@@ -128,6 +123,4 @@ def _biased(
     slopes = None if alibi_slopes is None else alibi_slopes.to(scores.dtype)
     reach = masks.effective_window(queries, keys, causal, window)
     bias = masks.score_bias(range(queries), range(keys), keys - queries, reach, mask, slopes, scores.device)
-    if bias is None:
-        return scores
-    return scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    return with_bias(scores, bias)

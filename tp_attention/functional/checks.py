@@ -87,18 +87,6 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str)
             check_like(name, vector, "x", x)
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
-        raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; expected [..., in] and [out, in]"
-        )
-    check_like("weight", weight, "x", x)
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {list(bias.shape)}; expected [out] = {list(weight.shape[:1])}")
-        check_like("bias", bias, "x", x)
-
-
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype or other.dtype not in DTYPES:
         raise ValueError(
@@ -117,9 +105,6 @@ def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
 
 def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, weight_scale: Tensor | None) -> int:
     """The columns of x @ weightᵀ, where x, weight, bias and scales fit each other."""
-    if not transposed and weight_scale is None and weight.dtype != torch.int8:
-        check_linear(x, weight, bias)
-        return weight.shape[0]
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[0 if transposed else 1 :][:1]:
         expected = "[in, out] (transposed)" if transposed else "[out, in]"
         raise ValueError(

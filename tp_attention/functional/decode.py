@@ -74,7 +74,6 @@ def attention_decode(
             q=q, k_cache=k_cache, v_cache=v_cache, k_scale=k_scale, v_scale=v_scale, mask=mask, sinks=sinks,
             alibi_slopes=alibi_slopes,
         )  # fmt: skip
-        q = q if q.stride(3) == 1 else q.contiguous()
     return run(
         q,
         k_cache,
@@ -138,7 +137,6 @@ def append_kv(
         from tp_attention.kernels.append_kv import append_kv as run
 
         refuse_grad(q=q, k=k, v=v)
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return run(
         q,
         k,

@@ -29,7 +29,27 @@ def _fake_attention_varlen(q: Tensor, return_lse: bool, **_: Any) -> list[Tensor
     return [out, lse] if return_lse else [out]
 
 
-@traceable(_fake_attention)
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_start: int,
+    group_size: int | None,
+    kv_start: int,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: Window | None,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """What `attention` is given fits together; more keywords are let pass."""
+    check_heads(q, k, v, q_start, group_size, kv_start)
+    check_features(q, k.shape[1], mask, alibi_slopes, window, softcap, sinks)
+
+
+@traceable(_fake_attention, check=check_attention)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -63,8 +83,6 @@ def attention(
     A row that keeps no key is 0; so is everything when S = 0. Raises ValueError on shapes, dtypes, devices or values
     that do not fit, RuntimeError when backend="triton" cannot run.
     """
-    check_heads(q, k, v, q_start, group_size, kv_start)
-    check_features(q, k.shape[1], mask, alibi_slopes, window, softcap, sinks)
     features: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,
@@ -76,13 +94,13 @@ def attention(
         "kv_start": kv_start,
         "return_lse": return_lse,
     }
+    check_attention(q, k, v, window=window, **features)
     if choose_backend(backend, q.device, kernel_obstacle(q)) == "torch" or k.shape[1] == 0 or q.numel() == 0:
         return eager.attention(q, k, v, causal=causal, window=window, **features)
     refuse_grad(q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
     if q.shape[1] <= FEW_QUERIES:
         from tp_attention.kernels.flash_decode import flash_decode
 
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         return flash_decode(q, k, v, causal=causal, window=window, **features)
     from tp_attention.kernels.flash_prefill import flash_attention
 
@@ -129,8 +147,6 @@ def attention_varlen(
             )
         check_device(name, cu, q)
     q, k, v = q[None], k[None], v[None]
-    check_heads(q, k, v, q_start, group_size, kv_start)
-    check_features(q, k.shape[1], None, alibi_slopes, window, softcap, sinks)
     features: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,
@@ -141,6 +157,7 @@ def attention_varlen(
         "kv_start": kv_start,
         "return_lse": return_lse,
     }
+    check_attention(q, k, v, window=window, mask=None, **features)
     if choose_backend(backend, q.device, kernel_obstacle(q)) == "torch" or k.shape[1] == 0 or q.numel() == 0:
         return eager.attention_varlen(
             q[0], k[0], v[0], cu_seqlens_q, cu_seqlens_k, causal=causal, window=window, **features

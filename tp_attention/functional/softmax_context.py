@@ -14,9 +14,9 @@ from torch import Tensor
 from tp_attention import eager, masks
 from tp_attention.config import DTYPES
 from tp_attention.functional.backends import choose_backend, refuse_grad
-from tp_attention.functional.checks import check_device, check_features, check_groups, check_heads
+from tp_attention.functional.checks import check_device, check_features, check_groups
 from tp_attention.functional.library import traceable
-from tp_attention.functional.prefill import kernel_obstacle
+from tp_attention.functional.prefill import check_attention, kernel_obstacle
 from tp_attention.masks import Window
 
 
@@ -37,27 +37,8 @@ def _fake_context(probabilities: Tensor, v: Tensor, **_: Any) -> list[Tensor]:
     return [v.new_empty((batch, queries, heads, v.shape[3]))]
 
 
-def _check_softmax_context(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    q_start: int,
-    group_size: int | None,
-    kv_start: int,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: Window | None,
-    softcap: float | None,
-    sinks: Tensor | None = None,
-    **_: Any,
-) -> None:
-    check_heads(q, k, v, q_start, group_size, kv_start)
-    check_features(q, k.shape[1], mask, alibi_slopes, window, softcap, sinks)
-
-
 def _check_scores(q: Tensor, k: Tensor, *, dtype: torch.dtype, **keywords: Any) -> None:
-    _check_softmax_context(q, k, k, **keywords)
+    check_attention(q, k, k, **keywords)
     _check_dtype(dtype)
 
 
@@ -113,7 +94,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype={dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
 
 
-@traceable(_fake_softmax_context, check=_check_softmax_context)
+@traceable(_fake_softmax_context, check=check_attention)
 def softmax_context(
     q: Tensor,
     k: Tensor,
@@ -145,7 +126,7 @@ def softmax_context(
         "group_size": group_size,
         "kv_start": kv_start,
     }
-    _check_softmax_context(q, k, v, window=window, **features)
+    check_attention(q, k, v, window=window, **features)
     if choose_backend(backend, q.device, kernel_obstacle(q)) == "torch" or k.shape[1] == 0 or q.numel() == 0:
         return eager.softmax_context(q, k, v, causal=causal, window=window, **features)
     refuse_grad(q=q, k=k, v=v, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)

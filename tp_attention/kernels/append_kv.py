@@ -14,6 +14,7 @@ from torch import Tensor
 from tp_attention.kernels import configs
 from tp_attention.kernels.flash_decode import HEAD_SCALE, TOKEN_SCALE, scale_kind, scale_strides
 from tp_attention.kernels.launch import launch
+from tp_attention.kernels.operands import unit_last
 
 HEADS = 4  # of a program: one warp's worth of 16-byte loads at D = 64
 
@@ -131,6 +132,7 @@ def append_kv(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """functional.append_kv unchecked."""
+    q, k, v = unit_last(q), unit_last(k), unit_last(v)
     (batch, tokens, heads, head_dim), kv_heads = q.shape, k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.numel():

@@ -23,6 +23,7 @@ from torch import Tensor
 from tp_attention import masks
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
+from tp_attention.kernels.operands import unit_last
 from tp_attention.kernels.scores import LN2, LOG2E, NO_MASK, as_kernels_read, masked_scores, reach_mask, shape_scores
 
 
@@ -311,6 +312,7 @@ def flash_decode(
     splits: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """functional.attention_decode unchecked; lengths=None: every sequence has as many keys as fit its cache."""
+    q, k, v = unit_last(q), unit_last(k), unit_last(v)  # caches are already
     (batch, tokens, heads, head_dim), page = q.shape, 0
     keys = k.shape[1]
     if block_table is not None:

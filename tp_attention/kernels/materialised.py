@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
-from tp_attention.kernels.operands import aligned, load_rows, strides_of
+from tp_attention.kernels.operands import aligned, load_rows, strides_of, unit_last
 from tp_attention.kernels.scores import (
     LN2,
     LOG2E,
@@ -256,7 +256,7 @@ def softmax(
 ) -> Tensor:
     """functional.softmax by the kernel, into out, which may be scores: [B, Hq, T, S], out's last stride 1."""
     batch, heads, tokens, keys = scores.shape
-    scores = _unit_last(scores)
+    scores = unit_last(scores)
     left, right = reach
     mask, kind, mask_strides = as_kernels_read(mask)
     mask_strides, unit = in_units(mask_strides)
@@ -295,7 +295,7 @@ def context_4d_matmul(
     """
     (batch, heads, tokens, keys), (kv_heads, head_dim) = probabilities.shape, v.shape[2:]
     out = torch.empty((batch, tokens, heads, head_dim), dtype=v.dtype, device=v.device)
-    probabilities, v = _unit_last(probabilities), aligned(v)
+    probabilities, v = unit_last(probabilities), aligned(v)
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     key = (configs.architecture(v.device), "context", block_d, v.element_size())
     config = configs.choose("materialised", CONFIGS, key, config)
@@ -312,7 +312,3 @@ def context_4d_matmul(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
-
-
-def _unit_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

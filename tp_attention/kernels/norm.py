@@ -140,19 +140,18 @@ def norm(
     eps: float,
     *,
     round_once: bool = False,
-    out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """functional.norm by the kernel: x [M, K], weight and bias [K] or None -> [M, K] in x's dtype.
 
     kind: "rmsnorm" or "layernorm". round_once: an RMSNorm too is rounded at the end alone, which is more exact, but has
-    not the bits of torch's. out: [M, K] with unit stride in a row, written and returned.
+    not the bits of torch's.
     """
     rows, columns = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if out is None else out
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     architecture = configs.architecture(x.device)
     size = min(max(256, 1 << (columns - 1).bit_length()), 32768)
     config = configs.choose("norm", CONFIGS, (architecture, size), config)

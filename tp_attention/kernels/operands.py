@@ -44,6 +44,11 @@ def aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[3] % unit)).contiguous()
 
 
+def unit_last(x: Tensor) -> Tensor:
+    """x with its last stride 1; a copy only where it is not so."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def descriptor(x: Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """x [B, S, H, D] as [B, H, S, D], to be read `rows` tokens of one head at a time."""
     batch, tokens, heads, head_dim = x.shape
