@@ -1,134 +1,159 @@
-"""How each family of checkpoints names and packs its weights, and which part of each tensor a rank needs.
+"""How each family of checkpoints names and packs its weights.
 
-A Layout is a list of rules. A rule says what a tensor is (its `part`), and where our model keeps it. What a rank
-owns of a part is ShardPlan's to say. A tensor that no rule names is an error: shapes never decide.
+A Layout is a list of rules. A rule ties a name in the file to a name of ours, and says which parts the tensor packs.
+Our names are the same for every family, so a layout reads in both directions. A tensor that no rule names is an
+error: shapes never decide. The layouts that ship are in families.py; users add theirs as JSON.
+
+Our names:
+    embedding.weight  position_embedding.weight  token_type_embedding.weight  embedding_norm.weight|bias
+    layers.N.attention_norm.weight|bias
+    layers.N.attention.qkv_weight|qkv_bias|out_weight|out_bias|q_norm_weight|k_norm_weight|sinks
+    layers.N.mlp_norm.weight|bias  layers.N.mlp.in_weight|in_bias|out_weight|out_bias
+    norm.weight|bias  head.weight|bias
+    extra.NAME        whatever a layout keeps whole under the file's own NAME
+A quantised weight's scales stand beside it under its name with _scale added.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from tp_attention.sharding import Range, ShardPlan
+from tp_attention.checkpoint.packing import HEAD_PARTS, WHOLE, Packing
 
-WHOLE, IGNORED = "whole", "ignored"
+EXTRA = "extra."
+_FIELDS = {"layer": r"\d+", "kind": "weight|bias"}
+_FORM = re.compile(r"(?:\[(?P<prefix>[^\]]*)\])?(?P<rest>.*)")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Checkpoint tensors whose whole name matches `pattern` are `part` of the parameter `target`.
+    """File tensors named `name` are, or are part of, our `native`, packed like `packing`.
 
-    part: q, k, v, out, gate, up, down, vocab, head, "whole" (each rank holds all of it) or "ignored".
-    target: name of our parameter, with the pattern's groups as in re.sub; "" keeps the checkpoint's name.
+    In both names `{layer}` stands for a number and `{kind}` for weight or bias. `name` may start with a prefix in
+    brackets, which files have or have not: "[transformer.]h.{layer}.ln_1.{kind}". alias: read, never written.
     """
 
-    pattern: str
-    part: str
-    target: str = ""
+    name: str
+    native: str
+    packing: Packing = WHOLE
+    alias: bool = False
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Copy source[start:stop] along `dim` (None: all of it) to the parameter `target`, there from row `row` on.
+class Match:
+    """What a file's tensor is: the parts of `packing` of our tensor `native`.
 
-    size: what the whole source tensor must measure along `dim`.
+    prefixed: whether the name had its rule's optional prefix; None where the rule has none.
     """
 
-    target: str
-    dim: int | None = None
-    source: Range = (0, 0)
-    size: int = 0
-    row: int = 0
+    native: str
+    packing: Packing
+    prefixed: bool | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One family's rules; the first that matches a name wins."""
+    """One family's rules; the first that matches a name wins.
+
+    extra: patterns of whole names that belong to nothing we run (buffers, other tasks' heads): kept, as extra.NAME.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    extra: tuple[str, ...] = ()
 
-    def place(self, tensor: str, plan: ShardPlan, rank: int) -> Placement | None:
-        """What `rank` needs of the checkpoint's `tensor` and where it goes; None for a tensor that models ignore.
+    def match(self, name: str) -> Match:
+        """What the file's tensor `name` is. Raises ValueError when no rule knows it."""
+        for rule, file_pattern, _ in self._patterns:
+            if found := file_pattern.fullmatch(name):
+                groups = found.groupdict()
+                optional = "prefix" in groups
+                prefixed = groups.pop("prefix", None) is not None if optional else None
+                return Match(rule.native.format(**groups), rule.packing, prefixed)
+        if any(re.fullmatch(pattern, name) for pattern in self.extra):
+            return Match(EXTRA + name, WHOLE)
+        raise ValueError(f"layout {self.name!r} does not know the tensor {name!r}; it would be lost, so it is refused")
 
-        Raises ValueError for a name that no rule knows.
+    def tensors_for(self, native: str, parts: set[str], prefixed: bool = True) -> list[tuple[str, Packing]]:
+        """Names and packings of the file tensors that together hold `parts` of our tensor `native`.
+
+        prefixed: write the optional prefixes. Raises ValueError when this layout has no place for some parts.
         """
-        for rule in self.rules:
-            if match := re.fullmatch(rule.pattern, tensor):
-                target = match.expand(rule.target) if rule.target else tensor
-                return _placement(rule.part, target, plan, rank)
-        raise ValueError(
-            f"layout {self.name!r} does not know the tensor {tensor!r}; it would be lost, so it is refused"
-        )
+        if native.startswith(EXTRA):
+            return [(native.removeprefix(EXTRA), WHOLE)]
+        found, left = [], set(parts)
+        for rule, _, native_pattern in self._patterns:
+            match = native_pattern.fullmatch(native)
+            if match and not rule.alias and set(rule.packing.parts) <= left:
+                prefix, rest = _FORM.fullmatch(rule.name).groups()  # type: ignore[union-attr]  # matches anything
+                found.append(((prefix or "" if prefixed else "") + rest.format(**match.groupdict()), rule.packing))
+                left -= set(rule.packing.parts)
+        if left:
+            raise ValueError(f"layout {self.name!r} has no place for {', '.join(sorted(left))} of {native}")
+        return found
+
+    @cached_property
+    def _patterns(self) -> list[tuple[Rule, re.Pattern[str], re.Pattern[str]]]:
+        return [(rule, _pattern(rule.name), _pattern(rule.native)) for rule in self.rules]
 
 
-def _placement(part: str, target: str, plan: ShardPlan, rank: int) -> Placement | None:
-    if part == IGNORED or (part == "head" and plan.vocab_matrices == 1):  # a tied head is the embedding once more
-        return None
-    if part == WHOLE:
-        return Placement(target)
-    q, kv, mlp, vocab = plan.q_rows(rank), plan.kv_rows(rank), plan.mlp_columns(rank), plan.vocab_rows(rank)
-    q_size, kv_size = plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim
-    local_q, local_kv = q[1] - q[0], kv[1] - kv[0]
-    local_gate = mlp[1] - mlp[0] if plan.mlp_in_matrices == 2 else 0
-    return {
-        "q": Placement(target, 0, q, q_size),
-        "k": Placement(target, 0, kv, kv_size, local_q),
-        "v": Placement(target, 0, kv, kv_size, local_q + local_kv),
-        "out": Placement(target, 1, q, q_size),
-        "gate": Placement(target, 0, mlp, plan.intermediate_size),
-        "up": Placement(target, 0, mlp, plan.intermediate_size, local_gate),
-        "down": Placement(target, 1, mlp, plan.intermediate_size),
-        "vocab": Placement(target, 0, vocab, plan.vocab_size),
-        "head": Placement(target, 0, vocab, plan.vocab_size),
-    }[part]
+def native_packing(parts: set[str]) -> Packing:
+    """How our own form packs the `parts` of one tensor: [q; query_gate; k; v], [gate; up], or one part alone."""
+    order = [part for part in (*HEAD_PARTS, "gate", "up") if part in parts] or sorted(parts)
+    return Packing(tuple(order), dim=1 if parts & {"out", "down"} else 0)
 
 
-def _parts(pattern: str, parts: dict[str, str], target: str) -> tuple[Rule, ...]:
-    """One rule for each of several tensors packed into one parameter; `{}` in the pattern is the tensor's name."""
-    return tuple(Rule(pattern.format(name), part, target) for name, part in parts.items())
+def from_json(path: Path) -> Layout:
+    """A layout of the user's: {"name": …, "extra": […], "rules": [{"name", "native", "parts", "order", …}]}.
+
+    A rule's keys past name and native are Packing's fields; without "parts" the tensor is whole.
+    Raises ValueError naming the file and what is wrong with it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Layout(str(data["name"]), tuple(map(_rule, data["rules"])), tuple(data.get("extra", ())))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no layout: {what}") from None
 
 
-LLAMA = Layout(
-    "llama",
-    (
-        *_parts(r"(.+\.self_attn)\.{}_proj\.(weight|bias)", {"q": "q", "k": "k", "v": "v"}, r"\1.attention.qkv_\2"),
-        Rule(r"(.+\.self_attn)\.o_proj\.weight", "out", r"\1.attention.out_weight"),
-        Rule(r"(.+\.self_attn)\.o_proj\.bias", WHOLE, r"\1.attention.out_bias"),
-        Rule(r"(.+\.self_attn)\.([qk])_norm\.weight", WHOLE, r"\1.attention.\2_norm_weight"),
-        *_parts(r"(.+\.mlp)\.{}_proj\.(weight|bias)", {"gate": "gate", "up": "up"}, r"\1.in_\2"),
-        Rule(r"(.+\.mlp)\.down_proj\.weight", "down", r"\1.out_weight"),
-        Rule(r"(.+\.mlp)\.down_proj\.bias", WHOLE, r"\1.out_bias"),
-        Rule(r"model\.embed_tokens\.weight", "vocab"),
-        Rule(r"lm_head\.weight", "head"),
-        Rule(r"model\.norm\.weight|.+\.(input|post_attention)_layernorm\.weight", WHOLE),
-        Rule(r".*rotary_emb\.inv_freq", IGNORED),  # old files carry it; RoPE is computed from the config
-    ),
-)
+def to_json(layout: Layout) -> dict[str, Any]:
+    """What `from_json` reads."""
+    rules = [
+        {"name": rule.name, "native": rule.native, **packing_to_json(rule.packing), "alias": rule.alias}
+        for rule in layout.rules
+    ]
+    return {"name": layout.name, "extra": list(layout.extra), "rules": rules}
 
-# BERT's files come with and without the prefix "bert.", and with gamma/beta for LayerNorm in the oldest.
-BERT = Layout(
-    "bert",
-    (
-        *_parts(
-            r"(?:bert\.)?(encoder\..+\.attention)\.self\.{}\.(weight|bias)",
-            {"query": "q", "key": "k", "value": "v"},
-            r"\1.attention.qkv_\2",
-        ),
-        Rule(r"(?:bert\.)?(encoder\..+\.attention)\.output\.dense\.weight", "out", r"\1.attention.out_weight"),
-        Rule(r"(?:bert\.)?(encoder\..+\.attention)\.output\.dense\.bias", WHOLE, r"\1.attention.out_bias"),
-        Rule(r"(?:bert\.)?(encoder\..+\.attention)\.output\.LayerNorm\.(?:weight|gamma)", WHOLE, r"\1.norm.weight"),
-        Rule(r"(?:bert\.)?(encoder\..+\.attention)\.output\.LayerNorm\.(?:bias|beta)", WHOLE, r"\1.norm.bias"),
-        Rule(r"(?:bert\.)?(encoder\.layer\.\d+)\.intermediate\.dense\.(weight|bias)", "up", r"\1.output.mlp.in_\2"),
-        Rule(r"(?:bert\.)?(encoder\.layer\.\d+)\.output\.dense\.weight", "down", r"\1.output.mlp.out_weight"),
-        Rule(r"(?:bert\.)?(encoder\.layer\.\d+)\.output\.dense\.bias", WHOLE, r"\1.output.mlp.out_bias"),
-        Rule(r"(?:bert\.)?(encoder\.layer\.\d+\.output)\.LayerNorm\.(?:weight|gamma)", WHOLE, r"\1.norm.weight"),
-        Rule(r"(?:bert\.)?(encoder\.layer\.\d+\.output)\.LayerNorm\.(?:bias|beta)", WHOLE, r"\1.norm.bias"),
-        Rule(r"(?:bert\.)?(embeddings\.word_embeddings\.weight)", "vocab", r"\1"),
-        Rule(r"(?:bert\.)?(embeddings\.(?:position|token_type)_embeddings\.weight)", WHOLE, r"\1"),
-        Rule(r"(?:bert\.)?(embeddings\.LayerNorm)\.(?:weight|gamma)", WHOLE, r"\1.weight"),
-        Rule(r"(?:bert\.)?(embeddings\.LayerNorm)\.(?:bias|beta)", WHOLE, r"\1.bias"),
-        # The heads of other tasks, and a buffer of old files: the encoder's states do not depend on them.
-        Rule(r"(?:bert\.)?(embeddings\.position_ids|pooler\..+)|cls\..+|classifier\..+|qa_outputs\..+", IGNORED),
-    ),
-)
+
+def packing_to_json(packing: Packing) -> dict[str, Any]:
+    """Packing's fields, parts as a list."""
+    values = {field.name: getattr(packing, field.name) for field in fields(Packing)}
+    return {**values, "parts": list(packing.parts)}
+
+
+def _rule(data: dict[str, Any]) -> Rule:
+    known = {field.name for field in fields(Packing)} | {"name", "native", "alias"}
+    if unknown := sorted(data.keys() - known):
+        raise ValueError(f"unknown key {unknown[0]!r} in a rule; known: {', '.join(sorted(known))}")
+    packing = {key: value for key, value in data.items() if key not in ("name", "native", "alias")}
+    for template in (data["name"], data["native"]):
+        _pattern(template)
+    return Rule(data["name"], data["native"], Packing(**{"parts": ("whole",), **packing}), bool(data.get("alias")))
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    prefix, rest = _FORM.fullmatch(template).groups()  # type: ignore[union-attr]  # matches anything
+    pattern = f"(?P<prefix>{re.escape(prefix)})?" if prefix is not None else ""
+    for literal, name in re.findall(r"([^{]*)(?:\{(\w*)\})?", rest):
+        pattern += re.escape(literal)
+        if name:
+            if name not in _FIELDS:
+                raise ValueError(f"unknown field {{{name}}} in {template!r}; known: {', '.join(_FIELDS)}")
+            pattern += f"(?P<{name}>{_FIELDS[name]})"
+    return re.compile(pattern)
