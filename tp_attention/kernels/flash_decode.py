@@ -61,7 +61,7 @@ _ENTRIES = {
 CONFIGS = {
     **{(*key, many): config for key, config in _ENTRIES.items() for many in (False, True)},
     (90, 64, 2, 2, False, True): Config(16, 32, 2, 3, 1),
-    (90, 128, 2, 2, False, True): Config(16, 32, 2, 3, 4),
+    (90, 128, 2, 2, False, True): Config(16, 128, 4, 2, 4),
     (90, 128, 2, 2, False, False): Config(16, 128, 4, 3, 1),
     (90, 128, 2, 1, False, False): Config(16, 32, 4, 3, 2),
     (90, 128, 2, 2, True, False): Config(64, 32, 4, 4, 1),
