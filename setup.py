@@ -16,6 +16,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "hypothesis>=6",
         "psutil>=5.9",
+        'deepspeed>=0.19; platform_system == "Linux"',  # the oracle of how Megatron's checkpoints merge and split
         "matplotlib>=3.8",
         "ruff>=0.15",
         "mypy>=1.15",

@@ -20,6 +20,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Model = Annotated[str, typer.Option(help="A bundled model (smollm2, minilm) or a local Hugging Face folder.")]
 TP = Annotated[int | None, typer.Option(help="Ranks. Default: the launcher's ranks, or 1 without a launcher.")]
 DType = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")]
+Layout = Annotated[
+    str | None, typer.Option(help="How the files pack q, k and v, where they do not say: a name, or a layout's .json.")
+]
+Heads = Annotated[int | None, typer.Option(help="Query heads, where no file says.")]
+KVHeads = Annotated[int | None, typer.Option(help="Key-value heads, where no file says.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Unpickle files that need it: runs code in them.")]
 Check = Annotated[bool, typer.Option("--check", help="Compare with the unsharded Hugging Face model.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing but the result: no bars, no tables.")]
 
@@ -82,6 +88,70 @@ def embed(
 
 
 @app.command()
+def reshard(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint of any format, or a bundled model.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    tp: Annotated[int, typer.Option(help="Ranks to cut for.")],
+    format: Annotated[str, typer.Option(help="native, hf, megatron or deepspeed.")] = "native",
+    layout: Layout = None,
+    target_layout: Annotated[str | None, typer.Option(help="How OUT packs them. Default: as IN does.")] = None,
+    heads: Heads = None,
+    kv_heads: KVHeads = None,
+    max_memory: Annotated[str | None, typer.Option(help="For the workers' buffers, like 2GB.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads. Default: one a core, at most 4.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Bytes, memory and legal tp; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash IN and OUT, and recover IN from OUT.")] = False,
+    verify_forward: Annotated[bool, typer.Option("--verify-forward", help="Run layers at both cuts.")] = False,
+    allow_pickle: AllowPickle = False,
+    quantize: Annotated[bool, typer.Option("--quantize", help="Attention and MLP weights to int8.")] = False,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale.")] = 128,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Make new groups of int8 weights.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a checkpoint cut for some number of ranks into one for another. A killed run goes on when run again."""
+    from tp_attention.checkpoint import command
+
+    command.run_reshard(
+        _checkpoint(source),
+        destination,
+        tp,
+        quiet,
+        max_memory,
+        format=format,
+        layout=layout,
+        target_layout=target_layout,
+        heads=heads,
+        kv_heads=kv_heads,
+        workers=workers,
+        dry_run=dry_run,
+        verify=verify,
+        verify_forward=verify_forward,
+        allow_pickle=allow_pickle,
+        quantize=quantize,
+        group_size=group_size,
+        requantize=requantize,
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint of any format, or a bundled model.")],
+    tp: Annotated[int | None, typer.Option(help="Say who would own what on so many ranks.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    layout: Layout = None,
+    heads: Heads = None,
+    kv_heads: KVHeads = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Say what a checkpoint is: format, layout, cut, sizes, legal tp, and who owns what."""
+    from tp_attention.checkpoint import command
+
+    command.run_inspect(
+        _checkpoint(path), tp, tensors, layout=layout, heads=heads, kv_heads=kv_heads, allow_pickle=allow_pickle
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Show what is installed here and what will therefore be used."""
     from tp_attention.doctor import show
@@ -134,6 +204,15 @@ def _folder(model: str, tp: int | None, command: str) -> Path:
     if launch.launched():
         return jobs.prepare(model, tp, command)
     return launch.spawn(jobs.prepare, 1, model, tp, command)[0]
+
+
+def _checkpoint(path: Path) -> Path:
+    """The path, or the folder of the bundled model of that name."""
+    if path.exists() or len(path.parts) > 1:
+        return path
+    from tp_attention.models import folders
+
+    return folders.resolve(str(path)) if str(path) in folders.BUNDLED else path
 
 
 def _dtype(name: str | None) -> Any:

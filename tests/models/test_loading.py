@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
 
 from tp_attention import models
-from tp_attention.checkpoint.layouts import LLAMA
 from tp_attention.comm import TPGroup
 from tp_attention.models import folders
 from tp_attention.models.folders import BUNDLED, BundledModel, resolve
@@ -61,7 +60,7 @@ def test_not_a_safetensors_file(folder):
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    refused(folder, "has neither model.safetensors nor model.safetensors.index.json")
+    refused(folder, r"is no checkpoint: it has none of .*model\.safetensors, .*\(or their \.index\.json\)")
 
 
 def test_missing_shard(tiny, tmp_path):
@@ -88,17 +87,27 @@ def test_unknown_tensor(folder):
 
 def test_missing_tensor(folder):
     edit_tensors(folder, lambda t: t.pop("model.layers.1.self_attn.v_proj.weight"))
-    refused(folder, "lacks 1 weights or parts of them: model.layers.1.self_attn.attention.qkv_weight")
+    refused(
+        folder,
+        r"layers.1.attention.qkv_weight \(q, k\) of the checkpoint is \[96, 36\] on rank 0, the model has \[120, 36\]",
+    )
+    edit_tensors(folder, lambda t: t.pop("model.layers.0.input_layernorm.weight"))
+    edit_tensors(folder, lambda t: [t.pop(f"model.layers.1.self_attn.{name}_proj.weight") for name in "qk"])
+    refused(folder, "lacks 2 weights: .*input_layernorm.weight, model.layers.1.self_attn.attention.qkv_weight")
 
 
 def test_misshapen_tensors(folder):
     edit_tensors(folder, lambda t: t.update({"model.layers.1.self_attn.v_proj.weight": torch.ones(32, 36)}))
-    refused(folder, r"has shape \[32, 36\]; config.json makes dimension 0 24")
+    refused(
+        folder, r"model.layers.1.self_attn.v_proj.weight of rank 0 has shape \[32, 36\]; dimension 0 should measure 24"
+    )
+    edit_tensors(folder, lambda t: t.update({"model.layers.1.self_attn.v_proj.weight": torch.ones(24, 1)}))
+    refused(folder, r"layers.1.attention.qkv_weight .*shape of heads 0 to 2 of v is \[8, 1\]; expected \[8, 36\]")
 
 
 def test_misshapen_whole_tensor(folder):
     edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.ones(35)}))
-    refused(folder, r"model.norm.weight gives \[35\], the model has \[36\]")
+    refused(folder, r"norm.weight \(whole\) of the checkpoint is \[35\] on rank 0, the model has \[36\]")
 
 
 def test_more_layers_than_the_config(folder):
@@ -130,17 +139,15 @@ def test_tp_beyond_the_heads(tiny):
         policy_for(config).plan(config, 10, torch.float32)
 
 
-def test_layout_places_packed_rows():
-    config = AutoConfig.for_model(
-        "llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=72, intermediate_size=64, vocab_size=10,
-        num_hidden_layers=1, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    plan = policy_for(config).plan(config, 2, torch.float32)
-    v = LLAMA.place("model.layers.0.self_attn.v_proj.weight", plan, 1)
-    assert v.target == "model.layers.0.self_attn.attention.qkv_weight"
-    assert (v.dim, v.source, v.size, v.row) == (0, (8, 24), 24, 4 * 8 + 2 * 8)
-    up = LLAMA.place("model.layers.0.mlp.up_proj.weight", plan, 0)
-    assert (up.source, up.row) == ((0, 32), 32)
+def test_packed_rows(tiny):
+    """Rank 1 of 2 has 4 of 9 query heads, 2 of 3 kv heads (D = 8), the last 21 of 53 MLP columns."""
+    tensors = load_file(tiny["llama"] / "model.safetensors")
+    q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
+    gate, up = (tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    model = models.load(tiny["llama"], TPGroup(1, 2, torch.device("cpu"), name="rank 1 of 2", backend="none"))
+    layer = model.model.layers[1]
+    assert torch.equal(layer.self_attn.attention.qkv_weight, torch.cat([q[40:], k[8:], v[8:]]))
+    assert torch.equal(layer.mlp.in_weight, torch.cat([gate[32:], up[32:]]))
 
 
 def test_resolve_refuses_what_it_cannot_find(tmp_path, monkeypatch):

@@ -1,1 +1,52 @@
-"""Checkpoints: how each family packs its weights, and reading a rank's part of them."""
+"""Checkpoints: how each family packs its weights, and reading, cutting and joining them for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_attention.checkpoint.formats import open_checkpoint
+from tp_attention.checkpoint.inspection import Inspection, inspect
+from tp_attention.checkpoint.logical import LogicalTensors
+from tp_attention.checkpoint.quantization import check_cut
+from tp_attention.checkpoint.reshard import Report, reshard
+from tp_attention.sharding import ShardPlan
+
+__all__ = ["Inspection", "Report", "inspect", "iter_tensors", "load_rank", "open_checkpoint", "reshard"]
+
+
+def load_rank(path: str | Path, plan: ShardPlan, rank: int, **options: Any) -> dict[str, Tensor]:
+    """`rank`'s share of every tensor under `plan`, by our names and in our packing, as TPSelfAttention holds it.
+
+    path: a checkpoint of any format, cut for any number of ranks. options: open_checkpoint's.
+    Raises ValueError when the plan is of a model of another size, or cuts a quantisation group.
+    """
+    checkpoint = open_checkpoint(Path(path), **options)
+    for size in ("heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"):
+        if (wanted := getattr(plan, size)) != (held := getattr(checkpoint.plan, size)):
+            raise ValueError(f"the plan has {size}={wanted}, {path} has {held}; use open_checkpoint(path).plan")
+    logical = LogicalTensors(checkpoint)
+    check_cut(logical, plan)
+    return {native: logical.share(native, plan, rank) for native in logical.names()}
+
+
+def iter_tensors(path: str | Path, **options: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of everything in a checkpoint, under its own names; what ranks share out is joined.
+
+    One tensor at a time is in memory. options: open_checkpoint's.
+    """
+    checkpoint = open_checkpoint(Path(path), **options)
+    if checkpoint.plan.tp == 1:
+        for name in checkpoint.names(0):
+            yield name, checkpoint.tensor(0, name)
+        return
+    logical, whole = LogicalTensors(checkpoint), replace(checkpoint.plan, tp=1)
+    for native in logical.names():
+        for name, packing in checkpoint.layout.tensors_for(native, logical.parts(native), logical.prefixed):
+            shape = logical.shape(native, packing, whole, 0)
+            yield name, logical.fill(torch.empty(shape, dtype=logical.dtype(native)), native, packing, whole, 0)

@@ -2,13 +2,14 @@
 
 A Layout is a list of rules. A rule ties a name in the file to a name of ours, and says which parts the tensor packs.
 Our names are the same for every family, so a layout reads in both directions. A tensor that no rule names is an
-error: shapes never decide. The layouts that ship are in families.py; users add theirs as JSON.
+error: shapes never decide. The layouts that ship are in families/; users add theirs as JSON.
 
 Our names:
     embedding.weight  position_embedding.weight  token_type_embedding.weight  embedding_norm.weight|bias
     layers.N.attention_norm.weight|bias
     layers.N.attention.qkv_weight|qkv_bias|out_weight|out_bias|q_norm_weight|k_norm_weight|sinks
     layers.N.mlp_norm.weight|bias  layers.N.mlp.in_weight|in_bias|out_weight|out_bias
+    layers.N.attention_post_norm.weight  layers.N.mlp_post_norm.weight  (Gemma's second norms)
     norm.weight|bias  head.weight|bias
     extra.NAME        whatever a layout keeps whole under the file's own NAME
 A quantised weight's scales stand beside it under its name with _scale added.
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,13 @@ class Layout:
             raise ValueError(f"layout {self.name!r} has no place for {', '.join(sorted(left))} of {native}")
         return found
 
+    def spelled_like(self, names: Iterable[str]) -> Layout:
+        """This layout, writing what it knows several names for under those that `names`, of a checkpoint, has."""
+        seen = list(names)
+        used = [any(map(pattern.fullmatch, seen)) for _, pattern, _ in self._patterns]
+        first = tuple(replace(rule, alias=False) for rule, here in zip(self.rules, used, strict=True) if here)
+        return replace(self, rules=first + tuple(rule for rule, here in zip(self.rules, used, strict=True) if not here))
+
     @cached_property
     def _patterns(self) -> list[tuple[Rule, re.Pattern[str], re.Pattern[str]]]:
         return [(rule, _pattern(rule.name), _pattern(rule.native)) for rule in self.rules]
@@ -115,15 +124,19 @@ def from_json(path: Path) -> Layout:
     Raises ValueError naming the file and what is wrong with it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Layout(str(data["name"]), tuple(map(_rule, data["rules"])), tuple(data.get("extra", ())))
+        return from_data(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no layout: {what}") from None
 
 
+def from_data(data: dict[str, Any]) -> Layout:
+    """The layout in a parsed JSON file. Raises KeyError, TypeError or ValueError when it is none."""
+    return Layout(str(data["name"]), tuple(map(_rule, data["rules"])), tuple(data.get("extra", ())))
+
+
 def to_json(layout: Layout) -> dict[str, Any]:
-    """What `from_json` reads."""
+    """What `from_json` reads, and `from_data`."""
     rules = [
         {"name": rule.name, "native": rule.native, **packing_to_json(rule.packing), "alias": rule.alias}
         for rule in layout.rules
@@ -147,6 +160,7 @@ def _rule(data: dict[str, Any]) -> Rule:
     return Rule(data["name"], data["native"], Packing(**{"parts": ("whole",), **packing}), bool(data.get("alias")))
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     prefix, rest = _FORM.fullmatch(template).groups()  # type: ignore[union-attr]  # matches anything
     pattern = f"(?P<prefix>{re.escape(prefix)})?" if prefix is not None else ""

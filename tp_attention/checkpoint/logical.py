@@ -119,9 +119,14 @@ class LogicalTensors:
     def fill(self, out: Tensor, native: str, packing: Packing, plan: ShardPlan, rank: int) -> Tensor:
         """Copy `rank`'s share under `plan` into `out`, packed like `packing`; copies held twice are compared.
 
+        Rows past the checkpoint's own vocabulary, with which some formats pad theirs, become zeros.
         Raises ValueError, naming the tensor, when shapes do not fit, something is missing or copies differ.
         """
-        copy_parts(self._pieces(native, packing.parts), _named(native, out, packing, plan, rank))
+        target = [self._without_padding(piece) for piece in _named(native, out, packing, plan, rank)]
+        try:
+            copy_parts(self._pieces(native, packing.parts), target)
+        except ValueError as error:
+            raise ValueError(f"{native} of {self.checkpoint.path}: {error}") from None
         return out
 
     def share(self, native: str, plan: ShardPlan, rank: int) -> Tensor:
@@ -129,6 +134,13 @@ class LogicalTensors:
         packing = self.packing(native)
         out = torch.empty(self.shape(native, packing, plan, rank), dtype=self.dtype(native))
         return self.fill(out, native, packing, plan, rank)
+
+    def _without_padding(self, piece: Piece) -> Piece:
+        stop = max(piece.start, self.checkpoint.plan.vocab_size)
+        if piece.part not in ("vocab", "head") or piece.stop <= stop:
+            return piece
+        piece.view[stop - piece.start :].zero_()
+        return Piece(piece.part, piece.start, stop, piece.view[: stop - piece.start])
 
     def _pieces(self, native: str, parts: tuple[str, ...]) -> list[Piece]:
         found: list[Piece] = []

@@ -198,6 +198,9 @@ def copy_parts(source: Sequence[Piece], destination: Iterable[Piece]) -> None:
             start, stop = max(piece.start, target.start), min(piece.stop, target.stop)
             if start >= stop:
                 continue
+            if piece.view.shape[1:] != target.view.shape[1:]:  # copy_ would broadcast ones
+                shapes = list(piece.view.shape[1:]), list(target.view.shape[1:])
+                raise ValueError(f"shape of {_name(target.part, start, stop)} is {shapes[0]}; expected {shapes[1]}")
             if start > covered:
                 break
             if start < covered:

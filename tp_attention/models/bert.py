@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers import BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tp_attention.attention import TPSelfAttention
-from tp_attention.checkpoint.layouts import BERT
+from tp_attention.checkpoint.families import LAYOUTS
 from tp_attention.comm import TPGroup
 from tp_attention.config import AttentionConfig
 from tp_attention.models.layers import TPMLP, VocabParallelEmbedding
@@ -23,7 +23,17 @@ class BertPolicy(Policy):
 
     architectures = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification")
     command = "embed"
-    layout = BERT
+    layout = LAYOUTS["bert"]
+    modules: ClassVar[dict[str, str]] = {
+        "embedding": "embeddings.word_embeddings",
+        "position_embedding": "embeddings.position_embeddings",
+        "token_type_embedding": "embeddings.token_type_embeddings",
+        "embedding_norm": "embeddings.LayerNorm",
+        "layers.{}.attention": "encoder.layer.{}.attention.attention",
+        "layers.{}.attention_norm": "encoder.layer.{}.attention.norm",
+        "layers.{}.mlp": "encoder.layer.{}.output.mlp",
+        "layers.{}.mlp_norm": "encoder.layer.{}.output.norm",
+    }
 
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)

@@ -66,7 +66,7 @@ def resolve(name_or_path: str | Path) -> Path:
             "pass a local Hugging Face folder"
         )
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; pass a Hugging Face model folder")
+        raise ValueError(f"{folder} has no config.json; pass a Hugging Face model folder, or copy its config.json here")
     return folder
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TextStreamer
 
 from tp_attention import launch
+from tp_attention.checkpoint.formats.native import MANIFEST
 from tp_attention.comm import TPGroup, all_gather, barrier, broadcast
 from tp_attention.models.comparison import Comparison, compare_embeddings, compare_logits
 from tp_attention.models.embedding import embed, tokenize
@@ -33,7 +34,10 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 @dataclass(frozen=True)
 class Job:
-    """What both commands share. name: as the user gave it. folder: where it is. tp: None takes all ranks there are."""
+    """What both commands share. name: as the user gave it. folder: where it is. tp: None takes all ranks there are.
+
+    Raises ValueError for a check of our own files, which Hugging Face's model cannot read.
+    """
 
     name: str
     folder: Path
@@ -41,6 +45,13 @@ class Job:
     dtype: torch.dtype | None
     check: bool
     quiet: bool
+
+    def __post_init__(self) -> None:
+        if self.check and (self.folder / MANIFEST).is_file():
+            raise ValueError(
+                f"--check compares with Hugging Face's own model, which does not read the files in {self.folder}; "
+                "check the model they were cut from, or what `tp-attention reshard --format hf --tp 1` makes of them"
+            )
 
 
 def prepare(model: str, tp: int | None, command: str) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from tp_attention.attention import TPSelfAttention
-from tp_attention.checkpoint.layouts import LLAMA
+from tp_attention.checkpoint.families import LAYOUTS
 from tp_attention.comm import TPGroup
 from tp_attention.config import AttentionConfig
 from tp_attention.models.layers import TPMLP, VocabParallelEmbedding, VocabParallelHead, empty_parameter
@@ -19,7 +21,16 @@ from tp_attention.sharding import ShardPlan
 class LlamaPolicy(Policy):
     architectures = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     command = "generate"
-    layout = LLAMA
+    layout = LAYOUTS["llama"]
+    modules: ClassVar[dict[str, str]] = {
+        "embedding": "model.embed_tokens",
+        "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+        "layers.{}.attention": "model.layers.{}.self_attn.attention",
+        "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "layers.{}.mlp": "model.layers.{}.mlp",
+        "norm": "model.norm",
+        "head": "lm_head",
+    }
 
     def plan(self, config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> ShardPlan:
         layer = attention_config(config, 0, dtype)

@@ -1,22 +1,23 @@
-"""Build a Hugging Face model with our sharded layers and fill it with this rank's slices, and nothing more.
+"""Build a Hugging Face model with our sharded layers and fill it with this rank's share, and nothing more.
 
-The model is built on the meta device; each parameter is allocated when its first slice arrives. Peak memory is the
-rank's share plus one slice.
+The model is built on the meta device; each parameter is allocated when it is filled, from whatever checkpoint
+open_checkpoint reads. Peak memory is the rank's share plus one tensor. Limit: no quantised weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from tp_attention.checkpoint.hugging_face import SafetensorsFolder
-from tp_attention.checkpoint.layouts import Layout, Placement
+from tp_attention.checkpoint.formats import open_checkpoint
+from tp_attention.checkpoint.formats.targets import vocab_rows
+from tp_attention.checkpoint.layouts import EXTRA
+from tp_attention.checkpoint.logical import LogicalTensors, StateDict
 from tp_attention.comm import TPGroup
 from tp_attention.models.bert import BertPolicy
 from tp_attention.models.folders import resolve
@@ -25,31 +26,6 @@ from tp_attention.models.policy import Policy
 from tp_attention.sharding import ShardPlan
 
 POLICIES: tuple[Policy, ...] = (LlamaPolicy(), BertPolicy())
-
-
-class TensorSource(Protocol):
-    """Whole tensors by name, read in part: a SafetensorsFolder, or StateDict."""
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor: ...
-
-
-class StateDict:
-    """The tensors of a model that is in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        tensor = self.tensors[name]
-        return tensor if dim is None else tensor.narrow(dim, start, stop - start)
 
 
 def policy_for(config: PreTrainedConfig, architecture: str | None = None) -> Policy:
@@ -77,8 +53,10 @@ def load(
 ) -> PreTrainedModel:
     """This rank's share of a model, as its own Hugging Face class: call it, or `model.generate`, as ever.
 
+    The folder holds Hugging Face files or ours (`tp-attention reshard`), cut for any number of ranks.
+
     Every rank of `group` calls this; None is one process alone. dtype: None keeps the checkpoint's. progress: called
-    with the bytes of each tensor as it arrives. The model carries `shard_plan` and `tp_group`.
+    with the bytes of each parameter as it is filled. The model carries `shard_plan` and `tp_group`.
     Raises ValueError when the model is unknown, damaged, or tp does not fit it.
     """
     group = TPGroup.alone() if group is None else group
@@ -87,11 +65,11 @@ def load(
     policy = policy_for(config)
     dtype = dtype or checkpoint_dtype(config)
     plan = policy.plan(config, group.size, dtype)
-    source = SafetensorsFolder(folder)
+    source = LogicalTensors(open_checkpoint(folder))
     with torch.device("meta"):
         model = policy.build(config, dtype)
         policy.shard(model, plan, group, dtype)
-    _fill(model, source, policy.layout, plan, group, progress)
+    _fill(model, source, policy, plan, group, progress)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return _finished(model, plan, group)
@@ -104,12 +82,11 @@ def shard(model: PreTrainedModel, group: TPGroup) -> PreTrainedModel:
     """
     policy, dtype = policy_for(model.config, type(model).__name__), model.dtype
     plan = policy.plan(model.config, group.size, dtype)
-    source = StateDict(dict(model.state_dict()))
-    for name in source.names():
-        policy.layout.place(name, plan, group.rank)  # an adapter's weights, say, are refused before anything changes
+    # An adapter's weights, say, are refused here, before anything changes.
+    source = LogicalTensors(StateDict(dict(model.state_dict()), policy.layout, policy.plan(model.config, 1, dtype)))
     with torch.device("meta"):
         policy.shard(model, plan, group, dtype)
-    _fill(model, source, policy.layout, plan, group)
+    _fill(model, source, policy, plan, group)
     return _finished(model, plan, group)
 
 
@@ -126,56 +103,66 @@ def held_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def _fill(
     model: nn.Module,
-    source: TensorSource,
-    layout: Layout,
+    source: LogicalTensors,
+    policy: Policy,
     plan: ShardPlan,
     group: TPGroup,
     progress: Callable[[int], object] | None = None,
 ) -> None:
+    _check_dimensions(source, plan)
     slots = _slots(model)
-    for name in source.names():
-        placement = layout.place(name, plan, group.rank)
-        if placement is None:
-            continue
-        if placement.target not in slots:
+    for native in source.names():
+        if native.startswith(EXTRA) or (native.startswith("head.") and plan.vocab_matrices == 1):
+            continue  # no part of what we run; a tied head is the embedding once more
+        slot = slots.get(policy.place(native))
+        if slot is None:
+            raise ValueError(f"{native} has no place in the model; does config.json belong to this checkpoint?")
+        packing = source.packing(native)
+        shape = source.shape(native, packing, plan, group.rank)
+        if shape != slot.parameter.shape:
             raise ValueError(
-                f"checkpoint tensor {name!r} has no place in the model; does config.json belong to this checkpoint?"
+                f"{native} ({', '.join(packing.parts)}) of the checkpoint is {list(shape)} on rank {group.rank}, the "
+                f"model has {list(slot.parameter.shape)} for it"
             )
-        shape, dim = source.shape(name), placement.dim
-        if dim is not None and (dim >= len(shape) or shape[dim] != placement.size):
-            raise ValueError(f"{name} has shape {list(shape)}; config.json makes dimension {dim} {placement.size}")
-        data = source.read(name, dim, *placement.source)
-        slots[placement.target].put(placement, data, name, group.device)
+        parameter = slot.allocate(group.device)
+        if source.checkpoint.plan.tp == 1:
+            source.fill(parameter, native, packing, plan, group.rank)
+        else:  # what ranks hold twice is compared bit for bit, so it is joined in its own dtype, on the CPU
+            parameter.copy_(source.share(native, plan, group.rank))
         if progress is not None:
-            progress(data.nbytes)
-    missing = sorted(name for name, slot in slots.items() if slot.written < slot.parameter.numel())
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} weights or parts of them: {', '.join(missing[:5])}")
+            progress(parameter.nbytes)
+    if missing := sorted(name for name, slot in slots.items() if not slot.filled):
+        raise ValueError(f"the checkpoint lacks {len(missing)} weights: {', '.join(missing[:5])}")
+
+
+def _check_dimensions(source: LogicalTensors, plan: ShardPlan) -> None:
+    if scale := next((native for native in source.names() if native.endswith("_weight_scale")), None):
+        raise ValueError(
+            f"{source.checkpoint.path} is quantised (int8: it has {scale}); models take fp32, fp16 and bf16 weights, "
+            "checkpoint.load_rank reads int8"
+        )
+    held_plan = replace(source.checkpoint.plan, vocab_size=vocab_rows(source))
+    for name in ("heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"):
+        held, wanted = getattr(held_plan, name), getattr(plan, name)
+        if held != wanted:
+            raise ValueError(f"{name} is {held} in {source.checkpoint.path}, {wanted} in its config.json")
 
 
 @dataclass
 class _Slot:
-    """A parameter of the model, where it is held (in two places if tied), and how many elements have arrived."""
+    """A parameter of the model, and where it is held: in two places if tied."""
 
     parameter: nn.Parameter
     holders: list[tuple[nn.Module, str]]
-    written: int = 0
+    filled: bool = False
 
-    def put(self, placement: Placement, data: Tensor, name: str, device: torch.device) -> None:
+    def allocate(self, device: torch.device) -> nn.Parameter:
         if self.parameter.device != device:  # on meta, or whole in a model that is sharded in place
-            real = torch.empty_like(self.parameter, device=device)
-            self.parameter = nn.Parameter(real, requires_grad=False)
+            self.parameter = nn.Parameter(torch.empty_like(self.parameter, device=device), requires_grad=False)
             for module, attribute in self.holders:
                 setattr(module, attribute, self.parameter)
-        target = self.parameter.data
-        if placement.dim == 0:
-            target = target[placement.row : placement.row + data.shape[0]]
-        if target.shape != data.shape:
-            raise ValueError(f"{name} gives {list(data.shape)}, the model has {list(target.shape)} for it")
-        self.written += data.numel()
-        if self.written > self.parameter.numel():
-            raise ValueError(f"{name} is in the checkpoint twice, or under two names")
-        target.copy_(data)
+        self.filled = True
+        return self.parameter
 
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:

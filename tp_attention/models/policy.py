@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -26,13 +27,20 @@ class Policy(ABC):
 
     architectures: ClassVar[tuple[str, ...]]
     command: ClassVar[str]  # the command that such a model is for: generate or embed
-    layout: ClassVar[Layout]
+    layout: ClassVar[Layout]  # of the model's own state dict
+    modules: ClassVar[dict[str, str]]  # our name of a module -> the sharded model's, {} for its layer
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises ValueError for a config that the family allows and we do not."""
         if getattr(config, "quantization_config", None) is not None:
             method = config.quantization_config.get("quant_method", "an unknown method")
             raise ValueError(f"the checkpoint is quantised ({method}); only fp32, fp16 and bf16 weights are loaded")
+
+    def place(self, native: str) -> str:
+        """The sharded model's name for the parameter that checkpoints call `native`; "" where it has none."""
+        module, _, attribute = native.rpartition(".")
+        template = self.modules.get(re.sub(r"\d+", "{}", module))
+        return "" if template is None else f"{template.format(*re.findall(r'[0-9]+', module))}.{attribute}"
 
     @abstractmethod
     def plan(self, config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> ShardPlan:

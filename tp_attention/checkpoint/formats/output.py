@@ -36,6 +36,7 @@ class OutputTensor:
 class OutputFile:
     """One file of tensors. path: below the destination. rank: whose share under Output.plan it holds.
 
+    plan: where not None, used instead of Output.plan (a file of tensors that its format does not cut).
     header: strings for a safetensors header. nest: for a file of torch.save, makes the object to save of the tensors
     by name; None for a safetensors file.
     """
@@ -45,14 +46,19 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...]
     header: dict[str, str] = field(default_factory=dict)
     nest: Callable[[dict[str, Tensor]], Any] | None = None
+    plan: ShardPlan | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """A whole checkpoint: files of tensors cut by `plan`, small texts by path, and files to copy as they are."""
+    """A whole checkpoint: files of tensors cut by `plan`, small texts by path, and files to copy as they are.
+
+    manifest: what the manifest says beside its "files", as JSON; of the native form, of which it is a part, and others.
+    """
 
     format: str
     plan: ShardPlan
     files: tuple[OutputFile, ...]
     texts: dict[str, str] = field(default_factory=dict)
     copies: tuple[Path, ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,317 @@
+"""What is wrong with a checkpoint is one line that names the file and the way out, before anything else happens."""
+
+import argparse
+import json
+import os
+import shutil
+
+import pytest
+import tiny_llama
+import tiny_megatron
+import torch
+from safetensors.torch import load_file, save_file
+
+from tp_attention.checkpoint import reshard
+from tp_attention.checkpoint.formats import open_checkpoint
+from tp_attention.checkpoint.formats.native import MANIFEST
+from tp_attention.checkpoint.logical import LogicalTensors
+
+
+def refused(path, match, **options):
+    """Opening `path` fails with one line that matches."""
+    with pytest.raises(ValueError, match=match) as error:
+        LogicalTensors(open_checkpoint(path, **options))
+    assert "\n" not in str(error.value)
+
+
+def truncate(path, by):
+    os.truncate(path, path.stat().st_size - by)
+
+
+def edit(path, **changes):
+    """Change keys of a JSON file; None removes one."""
+    said = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+
+
+def resave(path, change):
+    """Change what a file of torch.save holds."""
+    state = torch.load(path, weights_only=False)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama.write(tmp_path / "in")
+    return tmp_path / "in"
+
+
+def test_no_checkpoint(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere does not exist; pass a checkpoint's folder")
+    refused(tmp_path, "is no checkpoint: it has none of tp_attention.json, model.safetensors, .* mp_rank_")
+    (tmp_path / "notes.json").write_text("{}")
+    refused(tmp_path / "notes.json", "neither a GGUF file nor a JSON file of DeepSpeed's")
+    (tmp_path / "a.gguf").write_bytes(b"PK")
+    refused(tmp_path / "a.gguf", r"a\.gguf is no GGUF file: it starts with b'PK'")
+    (tmp_path / "b.gguf").write_bytes(b"PK")
+    refused(tmp_path, "has 2 GGUF files; pass one: a.gguf, b.gguf")
+
+
+# Hugging Face
+
+
+@pytest.mark.parametrize("by", [1, 100_000_000])
+def test_truncated_safetensors(folder, by):
+    file = folder / "model.safetensors"
+    os.truncate(file, max(file.stat().st_size - by, 5))
+    refused(folder, r"model\.safetensors (has .* bytes, its header promises|is truncated: 5 bytes)")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "config.json is no JSON"),
+        ("[]", "config.json holds a JSON list, not an object"),
+        ("{}", "model_type None"),
+    ],
+)
+def test_broken_config(folder, content, match):
+    (folder / "config.json").write_text(content)
+    refused(folder, match)
+
+
+def test_config_that_does_not_fit(folder):
+    edit(folder / "config.json", hidden_size=None)
+    refused(folder, r"config\.json: .*hidden_size")
+    refused(folder, "unknown layout 'lama'; known: .*llama", layout="lama")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json is missing; copy it here, or say what the weights are with --layout")
+    refused(folder, "does not say how many heads it has; pass --heads N", layout="llama")
+    refused(
+        folder,
+        "q_proj.weight has 48 rows over 1 ranks; heads=4, kv_heads=4 of 12 make 48|k_proj",
+        layout="llama",
+        heads=4,
+    )
+
+
+def test_heads_against_config(folder):
+    refused(folder, "heads=6 given, but .*config.json says 12; leave it out", heads=6)
+
+
+def test_index(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = load_file(folder / "a.safetensors").keys()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {**dict.fromkeys(names, "a.safetensors"), "more": "a.safetensors"}}))
+    refused(folder, "1 tensors of model.safetensors.index.json are in no file of .*: more")
+    index.write_text(json.dumps({"weight_map": {**dict.fromkeys(names, "a.safetensors"), "more": "b.safetensors"}}))
+    refused(folder, "b.safetensors is missing; download or copy the checkpoint again")
+    save_file({"model.norm.weight": torch.ones(16)}, folder / "b.safetensors")
+    refused(folder, "'model.norm.weight' is both in a.safetensors and in b.safetensors")
+    index.write_text("{}")
+    refused(folder, "index.json has no weight_map")
+
+
+def test_missing_unknown_and_duplicate_tensors(folder):
+    tensors = load_file(folder / "model.safetensors")
+    lost = tensors.pop("model.layers.1.self_attn.k_proj.weight")
+    save_file({**tensors, "model.layers.1.self_attn.key.weight": lost}, folder / "model.safetensors")
+    refused(folder, "layout 'llama' does not know the tensor 'model.layers.1.self_attn.key.weight'")
+    save_file({**tensors, "lm_head.bias": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"head\.bias.*should measure 50"):
+        reshard(folder, folder.with_name("out"), 2)
+    save_file({**tensors, "norm.weight": torch.ones(16)}, folder / "model.safetensors")
+    refused(folder, "norm.weight is in the checkpoint twice, or under two names")
+
+
+def test_pickles_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save({**tensors, "evil": Unpickled()}, file)
+    refused(folder, r"pytorch_model\.bin holds more than tensors and plain data \(.*_unpickle\); .*--allow-pickle")
+    assert Unpickled.ran == 0
+    assert "evil" not in open_checkpoint(folder, allow_pickle=True).names(0)
+    assert Unpickled.ran == 1
+    torch.save(tensors, file)
+    truncate(file, 40)
+    refused(folder, r"pytorch_model\.bin is truncated or no file of torch.save")
+    torch.save(list(tensors.values()), file)
+    refused(folder, "holds a list, not a dictionary of tensors")
+    file.write_bytes(b"\x80\x02garbage")
+    refused(folder, r"pytorch_model\.bin (is broken|is truncated|holds more)")
+
+
+class Unpickled:
+    """Counts how often a file ran its code."""
+
+    ran = 0
+
+    def __reduce__(self):
+        return _unpickle, ()
+
+
+def _unpickle():
+    Unpickled.ran += 1
+    return "evil"
+
+
+# Native
+
+
+@pytest.fixture
+def cut(folder):
+    reshard(folder, folder.with_name("cut"), 3)
+    return folder.with_name("cut")
+
+
+def test_native_files(cut):
+    ranks = [cut / f"rank-0000{rank}-of-00003.safetensors" for rank in range(3)]
+    truncate(ranks[2], 8)
+    refused(cut, "rank-00002-of-00003.safetensors has .* bytes, the manifest says .*; copy it again")
+    shutil.copy(ranks[1], ranks[2])
+    refused(cut, "rank-00002.* (its rank is '1', not '2'|bytes, the manifest says)")
+    ranks[2].unlink()
+    refused(cut, "rank-00002-of-00003.safetensors is missing")
+    (cut / MANIFEST).unlink()
+    refused(cut, "has rank files but no tp_attention.json: its writing was cut off; reshard again")
+
+
+def test_native_files_of_another_checkpoint(cut, tmp_path):
+    """The same sizes and names, other weights: what a file's header says of its source tells them apart."""
+    tiny_llama.write(tmp_path / "other")
+    reshard(tmp_path / "other", tmp_path / "other cut", 3)
+    name = "rank-00001-of-00003.safetensors"
+    shutil.copy(tmp_path / "other cut" / name, cut / name)
+    refused(cut, f"{name} is not the file that the manifest means: its source is")
+
+
+def test_native_manifest(cut):
+    manifest = cut / MANIFEST
+    before = manifest.read_text()
+    for changes, match in (
+        ({"version": 2}, "is of format 'tp_attention' version 2; this program reads 'tp_attention' version 1"),
+        ({"plan": None}, "is no manifest of this version: .*'plan'"),
+        ({"files": {}}, "names no file of rank 0 of 3; reshard again"),
+    ):
+        edit(manifest, **changes)
+        refused(cut, match)
+        manifest.write_text(before)
+    tensors = json.loads(before)["tensors"]
+    del tensors["norm.weight"]
+    edit(manifest, tensors=tensors)
+    refused(cut, "tensor 'norm.weight' is in the file alone")
+    edit(manifest, tensors={**tensors, "norm.scale": json.loads(before)["tensors"]["norm.weight"]})
+    refused(cut, "tensor 'norm.scale' is in the manifest alone")
+
+
+# Megatron
+
+
+def test_megatron_ranks(tmp_path):
+    tiny_megatron.write(tmp_path / "in", 4)
+    (tmp_path / "in" / "mp_rank_02").rename(tmp_path / "away")
+    refused(tmp_path / "in", "has 3 mp_rank files but none of rank 2; copy it again")
+    (tmp_path / "in" / "mp_rank_03").rename(tmp_path / "away 3")
+    refused(tmp_path / "in", "has the files of 2 ranks, its tensor_model_parallel_size is 4; copy the others too")
+    (tmp_path / "in" / "mp_rank_00_000").mkdir()
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_text("5")
+    refused(tmp_path / "in", "iter_0000005 is missing, which latest_checkpointed_iteration.txt says is the newest")
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").unlink()
+    refused(tmp_path / "in", "mp_rank_00_000 is a part of a model cut over pipeline stages or experts")
+
+
+def test_megatron_versions(tmp_path):
+    files = [tmp_path / "in" / f"mp_rank_0{rank}" / "model_optim_rng.pt" for rank in range(2)]
+    tiny_megatron.write(tmp_path / "in", 2, 4.0)
+    refused(tmp_path / "in", r"checkpoint version 4\.0; known: 0, 1\.0, 2\.0, 3\.0 \(0: no version in it\)")
+    resave(files[1], lambda state: state.update(checkpoint_version=2.0))
+    refused(tmp_path / "in", r"has ranks of checkpoint versions \[2\.0, 4\.0\]")
+    for file in files:
+        resave(file, lambda state: state.update(checkpoint_version=1.0, args=argparse.Namespace(swiglu=True)))
+    refused(tmp_path / "in", "no layout 'megatron-1.0-gated' ships for checkpoint version 1.0")
+
+
+def test_megatron_heads(tmp_path):
+    tiny_megatron.write(tmp_path / "in", 2, says=False, kv_heads=4)
+    refused(tmp_path / "in", "does not say how many heads it has; pass --heads N")
+    refused(
+        tmp_path / "in", "has 64 rows over 2 ranks; heads=8, kv_heads=8 of 4 make 96: other .* --kv-heads N", heads=8
+    )
+    assert open_checkpoint(tmp_path / "in", heads=8, kv_heads=4).plan.kv_heads == 4
+
+
+def test_megatron_contents(tmp_path):
+    tiny_megatron.write(tmp_path / "in", 2)
+    file = tmp_path / "in" / "mp_rank_01" / "model_optim_rng.pt"
+    before = file.read_bytes()
+    layers = ("model", "language_model", "transformer")
+
+    def inside(state):
+        for key in layers:
+            state = state[key]
+        return state
+
+    for change, match in (
+        (lambda state: state.update(module={}), None),
+        (lambda state: state.update(model0=state.pop("model")), "lacks 'model', which the file of rank 0 has"),
+        (
+            lambda state: inside(state).pop("layers.1.mlp.dense_4h_to_h.weight"),
+            r"mlp\.out_weight .* missing on ranks \[1\]",
+        ),
+        (lambda state: inside(state).update({"layers.0.extra": torch.ones(1)}), "does not know .*layers.0.extra"),
+        (
+            lambda state: state["model"].update({"language_model.transformer.final_layernorm.bias": torch.ones(16)}),
+            "twice",
+        ),
+        (lambda state: state.update(args=Unpickled()), "holds more than tensors and plain data"),
+    ):
+        resave(file, change)
+        if match is None:
+            open_checkpoint(tmp_path / "in")
+        else:
+            refused(tmp_path / "in", match)
+        file.write_bytes(before)
+    truncate(file, 100)
+    refused(tmp_path / "in", r"mp_rank_01/model_optim_rng\.pt is truncated")
+    resave(file.parents[1] / "mp_rank_00" / "model_optim_rng.pt", lambda state: state.pop("model"))
+    file.write_bytes(before)
+    refused(tmp_path / "in", "should hold its weights under one of 'model' and 'module'; it holds: iteration")
+
+
+# DeepSpeed
+
+
+def test_deepspeed_json(folder):
+    reshard(folder, folder.with_name("ds"), 2, format="deepspeed")
+    ds = folder.with_name("ds")
+    file = ds / "ds_inference_config.json"
+    before = file.read_text()
+    for changes, match in (
+        ({"type": "OPT"}, "is of type 'OPT'; known: Megatron, ds_model, BLOOM"),
+        ({"type": "BLOOM", "layout": None}, "BLOOM's own order .* --layout"),
+        ({"checkpoints": 3}, "its checkpoints are 3, neither files nor tp and non_tp files"),
+        ({"checkpoints": []}, "lists no files"),
+        ({"tp_size": 3}, "lists 2 files for 3 ranks"),
+        ({"layout": "deepspeed-merged"}, r"inter_w .*should measure|mlp\.in_weight"),
+        ({"checkpoints": {"tp": ["tp_00_00.pt", "tp_07_00.pt"]}}, "tp_07_00.pt is missing"),
+        ({"type": "Megatron", "checkpoints": ["non-tp.pt"]}, "lists 1 files for mp_size=2"),
+        ({"type": "Megatron", "checkpoints": ["non-tp.pt"], "tp_size": 1}, "weights under one of 'model' and 'module'"),
+    ):
+        edit(file, **changes)
+        if changes.get("layout"):
+            with pytest.raises(ValueError, match=match):
+                reshard(ds, folder.with_name("out"), 1)
+        else:
+            refused(ds, match)
+        file.write_text(before)
+    resave(ds / "tp_00_00.pt", lambda state: state.update({name: [tensor, 1] for name, tensor in state.items()}))
+    refused(ds, r"tp_00_00\.pt: .* is a list, not a tensor; of DeepSpeed's int8 weights")
+
+
+def test_hugging_face_target_of_a_model_that_is_not_known(tmp_path):
+    tiny_megatron.write(tmp_path / "in", 2)
+    with pytest.raises(ValueError, match=r"layout 'megatron-3\.0' and no config\.json .* --target-layout"):
+        reshard(tmp_path / "in", tmp_path / "out", 1, format="hf")

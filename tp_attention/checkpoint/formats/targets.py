@@ -1,0 +1,95 @@
+"""What the writers share: which cuts a format can hold, and a rank's tensors under a layout's names."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tp_attention.checkpoint.formats.files import read_json
+from tp_attention.checkpoint.formats.opened import Origin, companions, origin_to_json
+from tp_attention.checkpoint.formats.output import OutputTensor
+from tp_attention.checkpoint.layouts import Layout
+from tp_attention.checkpoint.logical import LogicalTensors
+from tp_attention.sharding import ShardPlan
+
+FORMATS = ("native", "hf", "megatron", "deepspeed")
+
+
+def legal_tp(format: str, plan: ShardPlan) -> list[int]:
+    """Numbers of ranks that `format` can hold a model of these sizes at.
+
+    Foreign formats know equal shares alone: divisors of heads, kv heads and MLP columns. The vocabulary does not
+    count: Megatron pads it, DeepSpeed does not cut it.
+    """
+    if format == "native":
+        return list(range(1, plan.heads + 1))
+    if format == "hf":
+        return [1]
+    common = math.gcd(plan.heads, plan.kv_heads, plan.intermediate_size)
+    return [tp for tp in range(1, common + 1) if common % tp == 0]
+
+
+def even_plan(format: str, plan: ShardPlan) -> ShardPlan:
+    """`plan` as a foreign format cuts. Raises ValueError listing the legal tp when the cut is uneven."""
+    legal = legal_tp(format, plan)
+    if plan.tp not in legal:
+        what = "whole models alone" if format == "hf" else "equal shares of heads, kv heads and MLP columns alone"
+        raise ValueError(
+            f"format {format!r} holds {what}: tp={plan.tp} does not fit heads={plan.heads}, kv_heads={plan.kv_heads}, "
+            f"intermediate_size={plan.intermediate_size}; use tp {', '.join(map(str, legal))}, or --format native"
+        )
+    return replace(plan, mlp_unit=1)
+
+
+def vocab_rows(logical: LogicalTensors) -> int:
+    """Rows of the vocabulary without the zeros that lay_out has added for Megatron."""
+    return logical.checkpoint.metadata.get("vocab_size", logical.checkpoint.plan.vocab_size)
+
+
+def beside(logical: LogicalTensors) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """Config, tokenizer and the like that go with the checkpoint: texts by name, and files to copy."""
+    texts: dict[str, str] = getattr(logical.checkpoint, "texts", {})
+    return dict(texts), tuple(file for file in companions(logical.checkpoint.path) if file.name not in texts)
+
+
+def config_of(logical: LogicalTensors) -> dict[str, Any] | None:
+    """The config.json that goes with the checkpoint, if there is one."""
+    texts, files = beside(logical)
+    if "config.json" in texts:
+        return json.loads(texts["config.json"])
+    return next((read_json(file) for file in files if file.name == "config.json"), None)
+
+
+def config_vocab_rows(logical: LogicalTensors) -> int:
+    """Rows of the vocabulary that the checkpoint's config.json speaks of, at most all; without one, `vocab_rows`."""
+    config = config_of(logical) or {}
+    said = config.get("padded_vocab_size") or config.get("vocab_size") or vocab_rows(logical)
+    return min(said, logical.checkpoint.plan.vocab_size)
+
+
+def tensors_of(
+    logical: LogicalTensors, natives: list[str], layout: Layout, prefixed: bool, plan: ShardPlan, rank: int
+) -> tuple[OutputTensor, ...]:
+    """A rank's tensors under `layout`'s names. Raises ValueError when it has no place for one of `natives`."""
+    return tuple(
+        OutputTensor(name, native, packing, logical.dtype(native), logical.shape(native, packing, plan, rank))
+        for native in natives
+        for name, packing in layout.tensors_for(native, logical.parts(native), prefixed)
+    )
+
+
+def manifest(format: str, logical: LogicalTensors, source: Origin, plan: ShardPlan) -> dict[str, Any]:
+    """What the manifest of any format says beside its files. A vocabulary that is padded has its real size there."""
+    metadata = {key: value for key, value in logical.checkpoint.metadata.items() if key not in ("source", "vocab_size")}
+    if (real := vocab_rows(logical)) < plan.vocab_size:
+        metadata["vocab_size"] = real
+    return {
+        "format": format,
+        "version": 1,
+        "plan": asdict(plan),
+        "source": origin_to_json(source),
+        "metadata": metadata,
+    }

@@ -1,0 +1,118 @@
+"""What of a destination is on disk already, so that a reshard goes on after a kill at any moment.
+
+The journal lies in the temporary folder beside the destination. Its first line says what is being written from what;
+each later one names a tensor, or a file, whose bytes had reached the disk before the line was written. Its lock keeps
+two processes from writing one destination.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+NAME = "journal.jsonl"
+sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync alone
+
+
+class Journal:
+    """The journal in `folder`, which is made if need be; held locked until `close` or the end of the process.
+
+    begun: what is written from what, as JSON. done: SHA-256 by (file, tensor); a file that is finished as a whole
+    stands under (file, ""). Raises ValueError when another process writes here, or something else was begun here.
+    """
+
+    def __init__(self, folder: Path, begun: dict[str, Any]) -> None:
+        self.folder, self.done = folder, dict[tuple[str, str], str]()
+        if folder.exists() and any(folder.iterdir()) and not (folder / NAME).exists():
+            raise ValueError(f"{folder} is in the way and no reshard began it; move it away")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            self._lock()
+            self._read(json.loads(json.dumps(begun)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {self.folder}; wait for it to end") from None
+        path = self.folder / NAME
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._descriptor)):
+            raise ValueError(f"another process has just finished or removed {self.folder}; look, then run again")
+
+    def _read(self, begun: dict[str, Any]) -> None:
+        content = (self.folder / NAME).read_bytes()
+        # A kill can tear the last line; what it spoke of is done again.
+        whole = content.rfind(b"\n") + 1
+        os.ftruncate(self._descriptor, whole)
+        lines = content[:whole].splitlines()
+        if not lines:
+            return self._append([begun])
+        before = json.loads(lines[0])
+        if differ := [key for key in {**before, **begun} if before.get(key) != begun.get(key)]:
+            raise ValueError(
+                f"{self.folder} was begun with {_brief(differ[0], before)}, this run has {_brief(differ[0], begun)}; "
+                f"run that one again to go on with it, or delete {self.folder} to start anew"
+            )
+        for line in lines[1:]:
+            file, name, digest = json.loads(line)
+            self.done[file, name] = digest
+
+    def add(self, entries: Iterable[tuple[str, str, str]]) -> None:
+        """Record (file, tensor, SHA-256) of tensors whose bytes are on disk."""
+        entries = list(entries)
+        self._append(entries)
+        self.done |= {(file, name): digest for file, name, digest in entries}
+
+    def forget(self, file: str) -> None:
+        """Do `file` again from the start: it is not what its lines say."""
+        self.done = {key: digest for key, digest in self.done.items() if key[0] != file}
+
+    def discard(self) -> None:
+        """Remove the folder with everything in it."""
+        shutil.rmtree(self.folder)
+        self.close()
+
+    def finish(self, destination: Path) -> None:
+        """Make the folder the destination. Raises OSError when that exists and is not empty."""
+        os.rename(self.folder, destination)
+        sync_folder(destination.parent)
+        (destination / NAME).unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Let others write here."""
+        os.close(self._descriptor)
+
+    def _append(self, lines: Iterable[Any]) -> None:
+        write_all(self._descriptor, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        sync_data(self._descriptor)
+
+
+def write_all(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:
+    """Write all of `content`, at `offset` or at the file's end; a nearly full disk takes a part of it first."""
+    while content:
+        written = os.write(descriptor, content) if offset is None else os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], None if offset is None else offset + written
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's own entries to disk: after this its new names outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _brief(key: str, values: dict[str, Any]) -> str:
+    text = json.dumps(values.get(key))
+    return f"{key}={text}" if len(text) < 80 else f"{key}={text[:60]}…"
