@@ -10,11 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.checkpoint.in_memory import InMemory, native
-from tp_attention.checkpoint.deepspeed_int8 import group_scales, to_deepspeed
-from tp_attention.checkpoint.deepspeed_merge import DeepSpeedInt8, merge_for_deepspeed, merge_qkv
+from tp_attention.checkpoint.deepspeed_int8 import to_deepspeed
 from tp_attention.checkpoint.families import LAYOUTS
 from tp_attention.checkpoint.logical import LogicalTensors
-from tp_attention.checkpoint.quantization import Quantized, check_cut, dequantize, legal_tp, native_plan
+from tp_attention.checkpoint.quantization import (
+    DeepSpeedInt8,
+    Quantized,
+    check_cut,
+    dequantize,
+    group_scales,
+    legal_tp,
+    merge_for_deepspeed,
+    merge_qkv,
+    native_plan,
+)
 from tp_attention.sharding import ShardPlan
 
 HEADS, DIM, HIDDEN, VOCAB, LAYERS = 8, 2, 16, 24, 2

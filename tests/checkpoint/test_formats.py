@@ -12,7 +12,7 @@ import tiny_megatron
 import torch
 from safetensors.torch import load_file, save_file
 
-from tp_attention.checkpoint import reshard
+from tp_attention.checkpoint import load_rank, reshard
 from tp_attention.checkpoint.families import find
 from tp_attention.checkpoint.formats import hugging_face, lay_out, legal_tp, open_checkpoint
 from tp_attention.checkpoint.formats.native import MANIFEST
@@ -132,6 +132,36 @@ def test_a_layout_of_the_users_own(tmp_path, config):
     assert tiny_llama.bits(load_file(tmp_path / "out" / "model.safetensors")) == tiny_llama.bits(tensors)
 
 
+def test_a_sentence_encoders_files_come_along(tmp_path):
+    tiny_llama.write(tmp_path / "in")
+    files = {
+        "modules.json": "[1]",
+        "config_sentence_transformers.json": "[2]",
+        "sentence_bert_config.json": "[3]",
+        "1_Pooling/config.json": '{"vocab_size": 7}',  # not the model's
+        "2_Dense/config.json": "[5]",
+        "spiece.model": "6",
+        "README.md": "stays behind",
+    }
+    for name, text in files.items():
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    del files["README.md"]
+    reshard(tmp_path / "in", tmp_path / "cut", 3)
+    reshard(tmp_path / "cut", tmp_path / "out", 1, format="hf")
+    for folder in ("cut", "out"):
+        assert {name: (tmp_path / folder / name).read_text() for name in files} == files
+        assert not (tmp_path / folder / "README.md").exists()
+    assert open_checkpoint(tmp_path / "out").plan.vocab_size == 50
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    """As transformers reads such a folder."""
+    tensors = tiny_llama.write(tmp_path / "in")
+    (tmp_path / "in" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert whole(tmp_path / "in") == tiny_llama.bits(tensors)
+
+
 # Native
 
 
@@ -181,7 +211,7 @@ def test_megatron_and_back(tmp_path, version, layout, options):
     before = tiny_megatron.write(tmp_path / "in", 2, version, **options)
     checkpoint = open_checkpoint(tmp_path / "in")
     assert (checkpoint.layout.name, checkpoint.plan.kv_heads) == (layout, options.get("kv_heads", 8))
-    legal = legal_tp("megatron", checkpoint.plan)
+    legal = legal_tp("megatron", LogicalTensors(checkpoint))
     assert legal == [tp for tp in (1, 2, 4, 8) if tp <= checkpoint.plan.kv_heads]
     names = iter("abcdefgh")
     here = tmp_path / "in"
@@ -233,6 +263,9 @@ def test_vocabulary_is_padded_for_megatron_and_trimmed_again(tmp_path):
     assert not rows[50:].view(torch.int16).any()
     assert states[0]["args"].padded_vocab_size == 52
     assert open_checkpoint(tmp_path / "four").metadata["vocab_size"] == 50
+    plan = open_checkpoint(tmp_path / "in").plan  # of 50 rows
+    held = load_rank(tmp_path / "four", replace(plan, tp=3), 2)
+    assert tiny_llama.bits(held) == tiny_llama.bits(load_rank(tmp_path / "in", replace(plan, tp=3), 2))
     reshard(tmp_path / "four", tmp_path / "one", 1, format="megatron")
     assert megatron_states(tmp_path / "one")[0]["args"].padded_vocab_size == 50
     reshard(tmp_path / "four", tmp_path / "native", 3)
@@ -240,6 +273,52 @@ def test_vocabulary_is_padded_for_megatron_and_trimmed_again(tmp_path):
     for path in ("one", "four", "native"):
         reshard(tmp_path / path, tmp_path / f"{path} back", 1, format="hf")
         assert whole(tmp_path / f"{path} back") == tiny_llama.bits(tensors)
+
+
+EVEN_CUTS = [
+    (gated, format, f"{format}-{name}", kv_heads)
+    for gated, format, names in (
+        (True, "megatron", ("3.0-gated", "core-gated")),
+        (True, "deepspeed", ("merged-gated", "split-gated")),
+        (False, "megatron", ("0", "1.0", "2.0", "3.0", "core")),
+        (False, "deepspeed", ("merged", "transposed", "split")),
+    )
+    for name in names
+    for kv_heads in ((4,) if name in ("1.0", "2.0") else (4, 2, 1))  # those know no groups
+]
+
+
+@pytest.mark.parametrize(("gated", "format", "layout", "kv_heads"), EVEN_CUTS)
+def test_every_even_cut_to_every_other(tmp_path, gated, format, layout, kv_heads):
+    """p -> p' gives what 1 -> p' gives, for all legal p and p': so p -> p' -> p is the identity too."""
+    source = tmp_path / "source"
+    if gated:
+        tiny_llama.write(source, heads=4, kv_heads=kv_heads, intermediate=8, layers=1)
+    else:
+        tiny_megatron.write(source, 1, 3.0, heads=4, kv_heads=kv_heads)
+    options = {"layout": layout, "heads": 4, "kv_heads": kv_heads} if format == "deepspeed" else {}
+    legal = legal_tp(format, LogicalTensors(open_checkpoint(source)))
+    assert legal == [tp for tp in (1, 2, 4) if tp <= kv_heads]
+    for tp in legal:
+        reshard(source, tmp_path / str(tp), tp, format=format, target_layout=layout)
+    wanted = {tp: ranks_of(tmp_path / str(tp), options) for tp in legal}
+    for before in legal[1:]:
+        for after in legal:
+            out = tmp_path / f"{before} to {after}"
+            reshard(tmp_path / str(before), out, after, format=format, target_layout=layout, **options)
+            assert ranks_of(out, options) == wanted[after]
+    plan = open_checkpoint(source).plan
+    finest = load_rank(tmp_path / str(legal[-1]), plan, 0, **options)
+    assert tiny_llama.bits(finest) == tiny_llama.bits(load_rank(source, plan, 0))
+
+
+def ranks_of(path, options):
+    """The bits of each rank's tensors."""
+    checkpoint = open_checkpoint(path, **options)
+    return [
+        tiny_llama.bits({name: checkpoint.tensor(rank, name) for name in checkpoint.names(rank)})
+        for rank in range(checkpoint.plan.tp)
+    ]
 
 
 # DeepSpeed

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.checkpoint.in_memory import InMemory, native
-from tp_attention import eager
+from tp_attention import eager, functional
 from tp_attention.checkpoint import quantization
 from tp_attention.checkpoint.families import LAYOUTS
 from tp_attention.checkpoint.layouts import Layout, Rule, native_packing
@@ -174,6 +174,18 @@ def forward(logical: LogicalTensors, tp: int, x: Tensor) -> Tensor:
 def test_a_forward_with_int8_weights_does_not_depend_on_the_cut(tp):
     quantized, x = Quantized(llama(PLAN), 8), torch.randn(5, PLAN.hidden_size, dtype=torch.float64)
     torch.testing.assert_close(forward(quantized, tp, x), forward(quantized, 1, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_without_columns_gives_zeros_and_its_bias(bias):
+    """What a rank that holds no MLP columns adds to the sum."""
+    x, weight, scale = torch.randn(2, 3, 0), torch.empty(5, 0, dtype=torch.int8), torch.empty(5, 0)
+    added = torch.randn(5) if bias else None
+    y = functional.linear(x, weight, added, weight_scale=scale)
+    assert torch.equal(y, torch.zeros(2, 3, 5) if added is None else added.expand(2, 3, 5))
+    assert dequantize(weight, scale, torch.bfloat16).shape == (5, 0)
+    with pytest.raises(ValueError, match=r"weight_scale \[5, 0\] does not fit weight \[5, 4\]"):
+        functional.linear(torch.randn(2, 4), weight.new_ones(5, 4), weight_scale=scale)
 
 
 def test_reading_in_small_runs_changes_nothing(monkeypatch):

@@ -138,9 +138,9 @@ def test_load_rank_gives_what_the_rank_file_holds(source, tmp_path, cut):
 
 def test_load_rank_refuses_a_plan_of_another_model(source):
     plan = open_checkpoint(source).plan
-    with pytest.raises(ValueError, match=r"heads=8, .* has 12"):
+    with pytest.raises(ValueError, match=r"heads is 12 in .*source, 8 in the plan; open_checkpoint"):
         load_rank(source, replace(plan, heads=8), 0)
-    with pytest.raises(ValueError, match=r"vocab_size=0, .* has 50"):
+    with pytest.raises(ValueError, match=r"vocab_size is 50 in .*, 0 in the plan"):
         load_rank(source, ShardPlan(2, 12, 4, 4, 16, intermediate_size=112), 0)
 
 
@@ -160,6 +160,11 @@ def test_inspect_says_what_a_checkpoint_is(source, tmp_path):
     assert found.legal_tp["megatron"] == [1, 2, 4]
     assert found.bytes_by_dtype == {"bfloat16": sum(t.nbytes for _, t in iter_tensors(source))}
     assert {info.name for info in found.tensors} == set(dict(iter_tensors(source)))
+    assert inspect(source, 5).owners.sizes("mlp_columns") == cut.plan.sizes("mlp_columns")
+    tiny_llama.write(tmp_path / "finite", finite=True)
+    reshard(tmp_path / "finite", tmp_path / "int8", 2, quantize=True, group_size=8)
+    int8 = inspect(tmp_path / "int8")
+    assert int8.legal_tp == {"native": list(range(1, 13)), "hf": [], "megatron": [], "deepspeed": []}
 
 
 def _rank(folder, rank):

@@ -67,7 +67,7 @@ def test_every_option_arrives(run, source, tmp_path):
         (["--tp", 3, "--format", "megatron"], "use tp 1, 2, 4, or --format native"),
         (["--tp", 2, "--max-memory", "lots"], "error: 'lots' is no size; write it like 2GB, 512MiB or 1000000"),
         (["--tp", 2, "--max-memory", "1kB"], "max_memory=1,000 bytes is less than the largest tensor"),
-        (["--tp", 2, "--layout", "lama"], "error: unknown layout 'lama'; known: "),
+        (["--tp", 2, "--layout", "lama"], "source: unknown layout 'lama'; known: "),
     ],
 )
 def test_mistakes_end_in_one_line(run, source, tmp_path, options, message):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 
 import pytest
 import tiny_llama
@@ -49,7 +50,7 @@ def refused(tmp_path, message, *args, **options):
         ("out", 2, {"format": "gguf"}, "gguf.*native, hf, megatron"),
         ("out", 2, {"layout": "lama"}, "unknown layout 'lama'; known: .*llama"),
         ("out", 2, {"target_layout": "lama", "format": "megatron"}, "unknown layout 'lama'; known: .*llama"),
-        ("out", 2, {"quantize": True, "format": "megatron"}, "has no place for int8 scales"),
+        ("out", 2, {"quantize": True, "group_size": 16, "format": "megatron"}, "has no place for int8 weights"),
         ("out", 2, {"quantize": True, "group_size": 5}, "groups of 5 do not divide"),
         ("out", 2, {"workers": 0}, "workers=0 must be at least 1"),
         ("source", 2, {}, "lie in one another"),
@@ -163,6 +164,16 @@ def test_disk_full_in_the_middle_can_go_on(source, tmp_path, monkeypatch):
     assert tiny_llama.files_of(tmp_path / "out") == tiny_llama.files_of(tmp_path / "fresh")
 
 
+def test_disk_full_where_torch_would_save(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"disk full: .* takes [0-9,]+ bytes, 100 are left"):
+        reshard(source, tmp_path / "out", 2, format="deepspeed")
+    monkeypatch.undo()
+    assert reshard(source, tmp_path / "out", 2, format="deepspeed", verify=True).resumed > 0
+    assert not list((tmp_path / "out").glob("*.pt.*"))
+
+
 def test_a_parent_that_is_a_file(source, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file"):
@@ -192,10 +203,16 @@ def test_something_else_was_begun_there(source, tmp_path, monkeypatch, options, 
 def test_the_source_has_changed_since(source, tmp_path, monkeypatch):
     interrupt(monkeypatch, source, tmp_path / "out", 2)
     os.utime(source / "model.safetensors")
-    refused(tmp_path, "was begun with source=", source, tmp_path / "out", 2)
+    file = re.escape(str(source / "model.safetensors"))
+    refused(
+        tmp_path, rf"was begun with source {file}=\[(.*)\], this run has source {file}=\[", source, tmp_path / "out", 2
+    )
 
 
 def test_a_folder_that_no_reshard_began(source, tmp_path):
+    (tmp_path / "out.partial").touch()
+    refused(tmp_path, "out.partial is in the way and no reshard began it", source, tmp_path / "out", 2)
+    (tmp_path / "out.partial").unlink()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "precious").touch()
     refused(tmp_path, "out.partial is in the way and no reshard began it", source, tmp_path / "out", 2)

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import tiny_llama
@@ -93,7 +94,7 @@ def interrupted(tmp_path, monkeypatch):
     return tmp_path
 
 
-def interrupt(*_):
+def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
@@ -123,6 +124,39 @@ def test_a_torn_last_line_is_ignored(interrupted, keep):
             file.write_bytes(b"\xff" * file.stat().st_size)
     resumed = go_on(interrupted)
     assert (resumed > 0) == (keep > 1)
+
+
+def test_a_file_that_is_begun_again_stays_so(interrupted, monkeypatch):
+    """A run that is killed as well, just after it has made the file anew, full of zeros."""
+    next(iter(sorted((interrupted / "out.partial").glob("rank-*")))).unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writing.Writer, "_copy", interrupt)
+        reshard(interrupted / "source", interrupted / "out", 3)
+    go_on(interrupted)
+
+
+@pytest.mark.parametrize("line", [b"[1]\n", b"{\n", b'["a", "b"]\n', b"3\n"])
+def test_a_broken_journal(interrupted, line):
+    path, lines = interrupted / "out.partial" / journal.NAME, lines_of(interrupted)
+    path.write_bytes(b"".join([line, *lines[1:]] if line == b"{\n" else [lines[0], line, *lines[1:]]))
+    with pytest.raises(ValueError, match=r"journal\.jsonl is broken; delete .*out\.partial to start anew"):
+        go_on(interrupted)
+
+
+def test_what_a_kill_left_beside_a_finished_file_is_removed(tmp_path, monkeypatch):
+    tiny_llama.write(tmp_path / "source")
+    unlink = Path.unlink
+
+    def stop(path, **options):  # just before what a finished file's tensors were gathered in is removed
+        if path.name.endswith(".gathering"):
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", stop)
+        reshard(tmp_path / "source", tmp_path / "out", 2, format="deepspeed")
+    reshard(tmp_path / "source", tmp_path / "out", 2, format="deepspeed", verify=True)
+    assert not list((tmp_path / "out").glob("*.pt.*"))
 
 
 def test_a_file_that_is_gone_or_short_is_written_again(interrupted):

@@ -13,6 +13,16 @@ from tp_attention.checkpoint.quantization import Quantized
 from tp_attention.checkpoint.verify_forward import compare
 from tp_attention.sharding import ShardPlan
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For matrices this small the threads' barriers would be most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 PLAN = ShardPlan(tp=1, heads=9, kv_heads=3, head_dim=4, hidden_size=20, intermediate_size=53, mlp_unit=16)
 PREFIX = "layers.{layer}."
 

@@ -26,11 +26,8 @@ def load_rank(path: str | Path, plan: ShardPlan, rank: int, **options: Any) -> d
     path: a checkpoint of any format, cut for any number of ranks. options: open_checkpoint's.
     Raises ValueError when the plan is of a model of another size, or cuts a quantisation group.
     """
-    checkpoint = open_checkpoint(Path(path), **options)
-    for size in ("heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"):
-        if (wanted := getattr(plan, size)) != (held := getattr(checkpoint.plan, size)):
-            raise ValueError(f"the plan has {size}={wanted}, {path} has {held}; use open_checkpoint(path).plan")
-    logical = LogicalTensors(checkpoint)
+    logical = LogicalTensors(open_checkpoint(path, **options))
+    logical.check_sizes(plan, "the plan; open_checkpoint(path).plan has the checkpoint's own")
     check_cut(logical, plan)
     return {native: logical.share(native, plan, rank) for native in logical.names()}
 
@@ -40,7 +37,7 @@ def iter_tensors(path: str | Path, **options: Any) -> Iterator[tuple[str, Tensor
 
     One tensor at a time is in memory. options: open_checkpoint's.
     """
-    checkpoint = open_checkpoint(Path(path), **options)
+    checkpoint = open_checkpoint(path, **options)
     if checkpoint.plan.tp == 1:
         for name in checkpoint.names(0):
             yield name, checkpoint.tensor(0, name)

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def run_reshard(source: Path, destination: Path, tp: int, quiet: bool, max_memor
 
 def run_inspect(path: Path, tp: int | None, tensors: bool, **options: Any) -> None:
     """Print what a checkpoint is."""
-    print(describe_inspection(inspect(path, **options), tp, tensors))
+    print(describe_inspection(inspect(path, tp, **options), tensors))
 
 
 def parse_bytes(text: str) -> int:
@@ -66,7 +65,7 @@ def describe_report(report: Report) -> str:
     return "\n".join(lines + report.notes)
 
 
-def describe_inspection(found: Inspection, tp: int | None, tensors: bool) -> str:
+def describe_inspection(found: Inspection, tensors: bool) -> str:
     """Some lines and the table of who owns what, for the checkpoint's own cut or for `tp` ranks."""
     plan = found.plan
     size = sum(found.bytes_by_dtype.values())
@@ -77,7 +76,7 @@ def describe_inspection(found: Inspection, tp: int | None, tensors: bool) -> str
         f"{plan.layers} layers, hidden {plan.hidden_size}, MLP {plan.intermediate_size}, vocabulary {plan.vocab_size}",
         *(f"legal tp as {format}: {_numbers(legal)}" for format, legal in found.legal_tp.items()),
         "",
-        (plan if tp is None else replace(plan, tp=tp)).describe(),
+        found.owners.describe(),
     ]
     if found.metadata:
         lines += ["", "metadata:"]

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from tp_attention.checkpoint.deepspeed_int8 import PARALLEL, by_rows, group_scales, quantize_runs, runs_and_parts
-from tp_attention.checkpoint.layouts import Layout, Rule
+from tp_attention.checkpoint.layouts import SCALE, Layout, Rule
 from tp_attention.checkpoint.logical import Checkpoint, LogicalTensors
 from tp_attention.checkpoint.packing import Packing
-from tp_attention.checkpoint.quantization import SCALE
 from tp_attention.sharding import ShardPlan
 
 # The order of DeepSpeed's scales of a layer.
@@ -104,34 +103,52 @@ class DeepSpeedInt8:
             raise ValueError(f"{len(ranks)} ranks given for a plan of tp={plan.tp}")
         self.plan = plan
         self.metadata: dict[str, Any] = {}
-        self._tensors: list[dict[str, Tensor]] = []
-        divisors: dict[str, int] = {}
-        for tensors, q_scales in ranks:
-            mine = dict(tensors)
+        scales: list[dict[str, Tensor]] = [{} for _ in ranks]
+        for mine, (tensors, q_scales) in zip(scales, ranks, strict=True):
             for name, tensor in tensors.items():
                 match = layout.match(name)
                 if tensor.dtype != torch.int8 or not (weight := _NATIVE.fullmatch(match.native)):
                     continue
                 row = _ROWS.index(weight["weight"])
-                shape = tensor.T.shape if match.packing.transposed else tensor.shape
-                mine[name + SCALE] = scale = group_scales(
+                mine[name] = group_scales(
                     q_scales[int(weight["layer"]), row],
                     _q_groups(q_groups, row, mlp_extra_grouping),
                     merge_count,
-                    shape,
+                    tensor.T.shape if match.packing.transposed else tensor.shape,
                     PARALLEL[match.packing.dim],
                 )
-                group = shape[1] // scale.shape[1]
-                if match.packing.dim == 1 and divisors.setdefault(weight["weight"], group) != group:
-                    raise ValueError(f"{name} has groups of {group}, others like it of {divisors[weight['weight']]}")
-            self._tensors.append(mine)
-        self.layout = Layout(layout.name, (*layout.rules, *_scale_rules(layout, divisors)), layout.extra)
+        self._tensors, self.layout = with_scales([tensors for tensors, _ in ranks], scales, layout)
 
     def names(self, rank: int) -> list[str]:
         return list(self._tensors[rank])
 
     def tensor(self, rank: int, name: str) -> Tensor:
         return self._tensors[rank][name]
+
+
+def with_scales(
+    ranks: Sequence[Mapping[str, Tensor]], scales: Sequence[Mapping[str, Tensor]], layout: Layout
+) -> tuple[list[dict[str, Tensor]], Layout]:
+    """Each rank's tensors with the scales of its weights beside them, and the layout that names those too.
+
+    scales: each rank's, ours, [out, in / group] by the name of their weight.
+    Raises ValueError when row-parallel weights of one kind have different groups.
+    """
+    divisors: dict[str, int] = {}
+    for tensors, mine in zip(ranks, scales, strict=True):
+        for name, scale in mine.items():
+            match, weight = layout.match(name), tensors[name]
+            if match.packing.dim == 0:
+                continue
+            group = weight.shape[0 if match.packing.transposed else 1] // scale.shape[1]
+            kind = match.native.split(".", 2)[2]
+            if divisors.setdefault(kind, group) != group:
+                raise ValueError(f"{name} has groups of {group}, others like it of {divisors[kind]}")
+    joined = [
+        {**tensors, **{name + SCALE: scale for name, scale in mine.items()}}
+        for tensors, mine in zip(ranks, scales, strict=True)
+    ]
+    return joined, Layout(layout.name, (*layout.rules, *_scale_rules(layout, divisors)), layout.extra)
 
 
 def merge_qkv(weights: Mapping[str, Tensor | None], transposed_mode: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ def layout_of(config: Config) -> Layout:
     Raises ValueError for a model type that is not known; mixtures of experts are not, but for DBRX.
     """
     kind = config.get("model_type")
-    if kind not in _LAYOUT_OF:
+    if not isinstance(kind, str) or kind not in _LAYOUT_OF:
         raise ValueError(
             f"model_type {kind!r} has no layout here; known: {', '.join(_LAYOUT_OF)}. "
             f"If its weights are packed like another's, name that layout: {', '.join(LAYOUTS)}"
@@ -54,9 +54,15 @@ def from_config(config: Config) -> ShardPlan:
     """The plan of the whole model, uncut (tp=1, mlp_unit=1), from its config.json.
 
     The plan's fields that only count bytes keep their defaults: the tensors themselves tell those.
-    Raises ValueError for a model type that is not known, and for a size that the config lacks.
+    Raises ValueError for a model type that is not known, and for a size that the config lacks or that is no number.
     """
-    layout = layout_of(config).name
+    try:
+        return _plan(config, layout_of(config).name)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the config of this {config['model_type']} has a size of the wrong kind: {error}") from None
+
+
+def _plan(config: Config, layout: str) -> ShardPlan:
     hidden = _size(config, "hidden_size", "n_embd", "n_embed", "d_model")
     heads = _size(config, "num_attention_heads", "n_head", "n_heads")
     return ShardPlan(

@@ -1,8 +1,8 @@
 """What of a destination is on disk already, so that a reshard goes on after a kill at any moment.
 
 The journal lies in the temporary folder beside the destination. Its first line says what is being written from what;
-each later one names a tensor, or a file, whose bytes had reached the disk before the line was written. Its lock keeps
-two processes from writing one destination.
+each later one names a tensor, or a file, whose bytes had reached the disk before the line was written, or a file that
+is to be done again. Its lock keeps two processes from writing one destination.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Journal:
 
     def __init__(self, folder: Path, begun: dict[str, Any]) -> None:
         self.folder, self.done = folder, dict[tuple[str, str], str]()
-        if folder.exists() and any(folder.iterdir()) and not (folder / NAME).exists():
+        if folder.exists() and not (folder / NAME).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is in the way and no reshard began it; move it away")
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -56,15 +56,21 @@ class Journal:
         lines = content[:whole].splitlines()
         if not lines:
             return self._append([begun])
-        before = json.loads(lines[0])
-        if differ := [key for key in {**before, **begun} if before.get(key) != begun.get(key)]:
+        try:
+            before, entries = dict(json.loads(lines[0])), [json.loads(line) for line in lines[1:]]
+            for file, name, digest in entries:
+                if digest is None:
+                    self._drop(file)
+                else:
+                    self.done[file, name] = digest
+        except (ValueError, TypeError):
+            raise ValueError(f"{self.folder / NAME} is broken; delete {self.folder} to start anew") from None
+        if before != begun:
             raise ValueError(
-                f"{self.folder} was begun with {_brief(differ[0], before)}, this run has {_brief(differ[0], begun)}; "
-                f"run that one again to go on with it, or delete {self.folder} to start anew"
+                f"{self.folder} was begun with {_difference(before, begun)}, this run has "
+                f"{_difference(begun, before)}; run that one again to go on with it, or delete {self.folder} to start "
+                "anew"
             )
-        for line in lines[1:]:
-            file, name, digest = json.loads(line)
-            self.done[file, name] = digest
 
     def add(self, entries: Iterable[tuple[str, str, str]]) -> None:
         """Record (file, tensor, SHA-256) of tensors whose bytes are on disk."""
@@ -73,7 +79,11 @@ class Journal:
         self.done |= {(file, name): digest for file, name, digest in entries}
 
     def forget(self, file: str) -> None:
-        """Do `file` again from the start: it is not what its lines say."""
+        """Do `file` again from the start: it is not what its lines say. The next run must know too."""
+        self._append([(file, "", None)])
+        self._drop(file)
+
+    def _drop(self, file: str) -> None:
         self.done = {key: digest for key, digest in self.done.items() if key[0] != file}
 
     def discard(self) -> None:
@@ -113,6 +123,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _brief(key: str, values: dict[str, Any]) -> str:
-    text = json.dumps(values.get(key))
-    return f"{key}={text}" if len(text) < 80 else f"{key}={text[:60]}…"
+def _difference(values: dict[str, Any], others: dict[str, Any]) -> str:
+    """The first of `values` that is not the same in `others`: a source's file with its bytes and time, say."""
+    key = next(key for key in {**values, **others} if values.get(key) != others.get(key))
+    value, other = values.get(key), others.get(key)
+    if isinstance(value, dict) and isinstance(other, dict):
+        return f"{key} {_difference(value, other)}"
+    return f"{key}={json.dumps(value)}"

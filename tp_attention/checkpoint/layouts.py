@@ -12,7 +12,7 @@ Our names:
     layers.N.attention_post_norm.weight  layers.N.mlp_post_norm.weight  (Gemma's second norms)
     norm.weight|bias  head.weight|bias
     extra.NAME        whatever a layout keeps whole under the file's own NAME
-A quantised weight's scales stand beside it under its name with _scale added.
+    NAME_scale        the group scales of a quantised weight NAME
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from typing import Any
 from tp_attention.checkpoint.packing import HEAD_PARTS, WHOLE, Packing
 
 EXTRA = "extra."
+SCALE = "_scale"  # a quantised weight's scales stand beside it under its name and this
 _FIELDS = {"layer": r"\d+", "kind": "weight|bias"}
+_NATIVE = re.compile(
+    r"(embedding|position_embedding|token_type_embedding)\.weight|(embedding_norm|norm|head)\.(weight|bias|{kind})"
+    r"|layers\.{layer}\.((attention|mlp)(_post)?_norm\.(weight|bias|{kind})|attention\.((q|k)_norm_weight|sinks)"
+    r"|(attention\.(qkv|out)|mlp\.(in|out))_(weight|bias|{kind}))"
+)
 _FORM = re.compile(r"(?:\[(?P<prefix>[^\]]*)\])?(?P<rest>.*)")
 
 
@@ -132,7 +138,18 @@ def from_json(path: Path) -> Layout:
 
 def from_data(data: dict[str, Any]) -> Layout:
     """The layout in a parsed JSON file. Raises KeyError, TypeError or ValueError when it is none."""
-    return Layout(str(data["name"]), tuple(map(_rule, data["rules"])), tuple(data.get("extra", ())))
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    extra = data.get("extra", [])
+    if not isinstance(extra, list) or not all(isinstance(pattern, str) for pattern in extra):
+        raise ValueError(f"extra {extra!r} is no list of patterns")
+    try:
+        list(map(re.compile, extra))
+    except re.error as error:
+        raise ValueError(f"extra {error.pattern!r} is no pattern: {error}") from None
+    if not isinstance(data["rules"], list) or not all(isinstance(rule, dict) for rule in data["rules"]):
+        raise ValueError("rules is no list of objects")
+    return Layout(str(data["name"]), tuple(map(_rule, data["rules"])), tuple(extra))
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
@@ -151,12 +168,20 @@ def packing_to_json(packing: Packing) -> dict[str, Any]:
 
 
 def _rule(data: dict[str, Any]) -> Rule:
-    known = {field.name for field in fields(Packing)} | {"name", "native", "alias"}
-    if unknown := sorted(data.keys() - known):
-        raise ValueError(f"unknown key {unknown[0]!r} in a rule; known: {', '.join(sorted(known))}")
-    packing = {key: value for key, value in data.items() if key not in ("name", "native", "alias")}
+    kinds: dict[str, type] = {"name": str, "native": str, "parts": list, "alias": bool}
+    kinds |= {field.name: type(field.default) for field in fields(Packing) if field.name not in kinds}
+    for key, value in data.items():
+        if key not in kinds:
+            raise ValueError(f"unknown key {key!r} in a rule; known: {', '.join(sorted(kinds))}")
+        if type(value) is not kinds[key]:  # bool is no int here
+            raise ValueError(f"{key} {value!r} of a rule is no {kinds[key].__name__}")
     for template in (data["name"], data["native"]):
         _pattern(template)
+    if not _NATIVE.fullmatch(data["native"].removesuffix(SCALE)):
+        raise ValueError(f"{data['native']!r} is no name of ours; they are listed in {__name__}")
+    if sorted(re.findall(r"{\w*}", data["name"])) != sorted(re.findall(r"{\w*}", data["native"])):
+        raise ValueError(f"{data['name']!r} and {data['native']!r} must have the same fields in braces, each once")
+    packing = {key: value for key, value in data.items() if key not in ("name", "native", "alias")}
     return Rule(data["name"], data["native"], Packing(**{"parts": ("whole",), **packing}), bool(data.get("alias")))
 
 
@@ -169,5 +194,7 @@ def _pattern(template: str) -> re.Pattern[str]:
         if name:
             if name not in _FIELDS:
                 raise ValueError(f"unknown field {{{name}}} in {template!r}; known: {', '.join(_FIELDS)}")
+            if f"(?P<{name}>" in pattern:
+                raise ValueError(f"field {{{name}}} is twice in {template!r}")
             pattern += f"(?P<{name}>{_FIELDS[name]})"
     return re.compile(pattern)

@@ -79,6 +79,18 @@ class LogicalTensors:
                 if lacking := set(range(checkpoint.plan.tp)) - ranks:
                     raise ValueError(f"{native} ({part}) is missing on ranks {sorted(lacking)} of {checkpoint.path}")
 
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the vocabulary without the zeros with which Megatron's files pad it, where they say so."""
+        return self.checkpoint.metadata.get("vocab_size", self.checkpoint.plan.vocab_size)
+
+    def check_sizes(self, plan: ShardPlan, whose: str) -> None:
+        """Raises ValueError when `plan`, which `whose` names, is of a model of other sizes."""
+        own = replace(self.checkpoint.plan, vocab_size=self.vocab_rows)
+        for name in ("heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"):
+            if (held := getattr(own, name)) != (wanted := getattr(plan, name)):
+                raise ValueError(f"{name} is {held} in {self.checkpoint.path}, {wanted} in {whose}")
+
     def names(self) -> list[str]:
         """Our names, in the order of rank 0's file, so that reading in this order reads it from front to back."""
         return list(self._holders)

@@ -56,6 +56,8 @@ class Packing:
             raise ValueError(f"dim={self.dim} must be 0 or 1, blocks={self.blocks} and divisor={self.divisor} positive")
         if not set(self.parts) <= set(HEAD_PARTS) and (self.order != "parts" or self.blocks > 1 or self.rope_pairs):
             raise ValueError(f"parts {self.parts} have no heads to be packed by; only {', '.join(HEAD_PARTS)} do")
+        if (self.dim == 1) != bool({"out", "down"} & set(self.parts)):
+            raise ValueError(f"dim={self.dim} for {self.parts}: out and down are cut along dim 1, all others along 0")
         if "whole" in self.parts and len(self.parts) > 1:
             raise ValueError(f"parts {self.parts}: a whole tensor has no other part")
 

@@ -5,7 +5,7 @@ of rows cuts the scales alike, and a cut of columns (of the output projections) 
 attention's output projection lies within a head, for which every cut is between groups; an MLP is cut in units of
 its group.
 
-DeepSpeed's scales are another thing: see deepspeed_int8.py.
+DeepSpeed's scales are another thing: deepspeed_int8.py and deepspeed_merge.py, whose functions are to be had here too.
 """
 
 from __future__ import annotations
@@ -18,15 +18,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tp_attention.checkpoint.layouts import native_packing
+from tp_attention.checkpoint.deepspeed_int8 import group_scales
+from tp_attention.checkpoint.deepspeed_merge import DeepSpeedInt8, merge_for_deepspeed, merge_qkv
+from tp_attention.checkpoint.layouts import SCALE, native_packing
 from tp_attention.checkpoint.logical import Checkpoint, LogicalTensors
 from tp_attention.checkpoint.packing import Packing, Piece, copy_parts, pieces, spans
 from tp_attention.eager.projections import dequantize
 from tp_attention.sharding import ShardPlan
 
-__all__ = ["SCALE", "Quantized", "check_cut", "dequantize", "divisors", "legal_tp", "native_plan", "quantize"]
+__all__ = [
+    "DeepSpeedInt8",
+    "Quantized",
+    "check_cut",
+    "dequantize",
+    "divisors",
+    "group_scales",
+    "legal_tp",
+    "merge_for_deepspeed",
+    "merge_qkv",
+    "native_plan",
+    "quantize",
+]
 
-SCALE = "_scale"  # a weight's scales stand beside it under its name and this
 _QUANTIZED = re.compile(r"layers\.\d+\.(attention\.(qkv|out)|mlp\.(in|out))_weight")
 _CHUNK = 1 << 20  # elements quantised at a time, so that it takes no second copy of a weight
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from tp_attention.checkpoint import quantization
 from tp_attention.checkpoint.families import find
-from tp_attention.checkpoint.formats import lay_out, open_checkpoint, targets
+from tp_attention.checkpoint.formats import lay_out, legal_tp, open_checkpoint
 from tp_attention.checkpoint.formats.native import MANIFEST as NATIVE_MANIFEST
 from tp_attention.checkpoint.formats.output import Output, OutputFile
 from tp_attention.checkpoint.journal import Journal
 from tp_attention.checkpoint.logical import LogicalTensors
-from tp_attention.checkpoint.quantization import Quantized, check_cut, native_plan
+from tp_attention.checkpoint.quantization import Quantized, native_plan
 from tp_attention.checkpoint.verify import MANIFEST, compare, forget_cached, hashes, leaves
 from tp_attention.checkpoint.verify_forward import compare as compare_forward
 from tp_attention.checkpoint.writing import Progress, Writer, file_bytes, workers_for, write_small
@@ -92,14 +91,11 @@ def reshard(
     started = time.monotonic()
     source, destination = Path(source).expanduser().resolve(), Path(destination).expanduser().resolve()
     _check_paths(source, destination)
-    if (quantize or requantize) and format != "native":
-        raise ValueError(f"format {format!r} has no place for int8 scales; only 'native' has")
     checkpoint = open_checkpoint(source, layout=layout, heads=heads, kv_heads=kv_heads, allow_pickle=allow_pickle)
     logical = LogicalTensors(checkpoint)
     if quantize or requantize:
         logical = Quantized(checkpoint, group_size, requantize)
     plan = native_plan(logical, tp) if format == "native" else replace(checkpoint.plan, tp=tp, mlp_unit=1)
-    check_cut(logical, plan)
     output = lay_out(format, logical, plan, layout=find(target_layout) if target_layout else None)
     workers, buffer = workers_for(output, workers, max_memory)
     report = Report(
@@ -122,7 +118,7 @@ def reshard(
         "format": format,
         "tp": tp,
         "quantize": quantize,
-        "group_size": group_size,
+        "group_size": group_size if quantize or requantize else None,
         "requantize": requantize,
         "source": {str(file): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in checkpoint.files},
         "layout": _fingerprint((checkpoint.layout, checkpoint.plan)),
@@ -151,13 +147,6 @@ def reshard(
     return report
 
 
-def legal_tp(format: str, logical: LogicalTensors) -> list[int]:
-    """Every number of ranks that `format` can hold the checkpoint at."""
-    if format == "native":
-        return quantization.legal_tp(logical)
-    return targets.legal_tp(format, logical.checkpoint.plan)
-
-
 def _check_paths(source: Path, destination: Path) -> None:
     if source == destination or source in destination.parents or destination in source.parents:
         raise ValueError(f"{destination} and the source {source} lie in one another; write elsewhere")
@@ -177,8 +166,8 @@ def _write(
     resumed = Writer(output, logical, journal, workers, progress).write()
     for path, text in output.texts.items():
         write_small(journal.folder / path, text.encode())
-    for file in output.copies:
-        write_small(journal.folder / file.name, file.read_bytes())
+    for path, copied in output.copies.items():
+        write_small(journal.folder / path, copied.read_bytes())
     manifest["files"] = {
         file.path: {
             "rank": file.rank,

@@ -51,7 +51,10 @@ def check_manifest(path: Path, workers: int) -> dict[str, dict[str, str]] | None
     found = next((folder / name for name in (NATIVE_MANIFEST, MANIFEST) if (folder / name).is_file()), None)
     if found is None:
         return None
-    written = {file: entry["sha256"] for file, entry in read_json(found)["files"].items()}
+    try:
+        written = {file: dict(entry["sha256"]) for file, entry in read_json(found)["files"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{found} does not say each tensor's SHA-256: {error!r} is wrong with it") from None
     for file, digests in written.items():
         native = file.endswith(".safetensors")
         tensors = dict(leaves(SafetensorsFile(folder / file) if native else load_pickled(folder / file)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tp_attention.checkpoint.layouts import SCALE
 from tp_attention.checkpoint.logical import LogicalTensors
 from tp_attention.checkpoint.packing import spans
 from tp_attention.eager.prefill import attention
@@ -119,8 +120,7 @@ def _mlp(logical: LogicalTensors, layer: int, plan: ShardPlan, x: Tensor) -> Ten
 def _linear(logical: LogicalTensors, name: str, plan: ShardPlan, rank: int, x: Tensor, *, bias: bool = True) -> Tensor:
     """x [1, T, in] times this rank's weight [out, in], dequantised where int8, in fp64; plus its bias if it has one."""
     weight = logical.share(f"{name}_weight", plan, rank)
-    quantised = weight.dtype == torch.int8 and weight.numel() > 0  # a rank may have no rows, or no columns
-    scale = logical.share(f"{name}_weight_scale", plan, rank) if quantised else None
+    scale = logical.share(f"{name}_weight{SCALE}", plan, rank) if weight.dtype == torch.int8 else None
     blocks = []
     for start in range(0, max(len(weight), 1), ROWS):
         rows = slice(start, start + ROWS)
@@ -138,5 +138,5 @@ def _scales(logical: LogicalTensors) -> dict[str, int]:
     return {
         name: logical.shape(name, logical.packing(name), plan, 0)[-1]
         for name in logical.names()
-        if name.endswith("_weight_scale")
+        if name.endswith(SCALE)
     }

@@ -40,10 +40,15 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -142,6 +147,7 @@ class Writer:
         """Give the file its size and header; the tensors that it still lacks."""
         if (file.path, "") in self.journal.done:
             if (self.journal.folder / file.path).is_file():
+                self._gathering(file).unlink(missing_ok=True)
                 return []
             self.journal.forget(file.path)
         path = self._gathering(file)
@@ -152,16 +158,17 @@ class Writer:
         if os.fstat(descriptor).st_size != size:
             self.journal.forget(file.path)
             os.ftruncate(descriptor, size)
+        folder = path.parent
+        while folder != self.journal.folder.parent:  # what the journal says of a file implies that it is there
+            sync_folder(folder)
+            folder = folder.parent
         try:
             if hasattr(os, "posix_fallocate"):  # macOS has not: there a full disk shows later
                 os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                errno.ENOSPC, f"disk full: {file.path} takes {size:,} bytes, {free:,} are left at {path.parent}"
-            ) from None
+            raise _disk_full(path, size) from None
         write_all(descriptor, content, 0)
         return [place for place in places if (file.path, place.tensor.name) not in self.journal.done]
 
@@ -221,6 +228,9 @@ class Writer:
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # closed when its last tensor goes
         tensors = {place.tensor.name: view(content, place.tensor, place.offset) for place in header(file)[1]}
         aside = self.journal.folder / (file.path + ".saving")
+        aside.unlink(missing_ok=True)
+        if shutil.disk_usage(aside.parent).free < (size := gathered.stat().st_size):
+            raise _disk_full(aside, size)  # torch.save would call it an unexpected position
         with open(aside, "wb") as stream:
             torch.save(nest(tensors), stream)
             stream.flush()
@@ -229,6 +239,11 @@ class Writer:
         sync_folder(aside.parent)
         self.journal.add([(file.path, "", "")])
         gathered.unlink()
+
+
+def _disk_full(path: Path, size: int) -> OSError:
+    free = shutil.disk_usage(path.parent).free
+    return OSError(errno.ENOSPC, f"disk full: {path.name} takes {size:,} bytes, {free:,} are left at {path.parent}")
 
 
 def view(buffer: bytearray | mmap.mmap, tensor: OutputTensor, offset: int = 0) -> Tensor:

@@ -76,6 +76,7 @@ def linear(
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight int8 [out, in], scale [out, in / group] -> weight · scale in dtype, [out, in]."""
-    groups = weight.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+    """weight int8 [out, in], scale [out, in / group] -> weight · scale in dtype, [out, in]; `in` may be 0."""
+    count = scale.shape[1]
+    groups = weight.to(scale.dtype).unflatten(1, (count, weight.shape[1] // max(count, 1)))
     return (groups * scale[:, :, None]).flatten(1).to(dtype)

@@ -131,7 +131,8 @@ def check_scale(x: Tensor, weight: Tensor, transposed: bool, scale: Tensor | Non
             "needs weight_scale [out, in / group], and no other takes one"
         )
     out, depth = weight.shape
-    if scale.dim() != 2 or scale.shape[0] != out or not scale.shape[1] or depth % scale.shape[1]:
+    # a rank that holds no columns of a row-parallel weight has no groups either
+    if scale.dim() != 2 or scale.shape[0] != out or (depth % scale.shape[1] if scale.shape[1] else depth):
         raise ValueError(
             f"weight_scale {list(scale.shape)} does not fit weight {[out, depth]}; expected [{out}, {depth} / group] "
             f"with a group that divides {depth}"

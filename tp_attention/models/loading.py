@@ -7,7 +7,7 @@ open_checkpoint reads. Peak memory is the rank's share plus one tensor. Limit: n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +15,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from tp_attention.checkpoint.formats import open_checkpoint
-from tp_attention.checkpoint.formats.targets import vocab_rows
-from tp_attention.checkpoint.layouts import EXTRA
+from tp_attention.checkpoint.layouts import EXTRA, SCALE
 from tp_attention.checkpoint.logical import LogicalTensors, StateDict
 from tp_attention.comm import TPGroup
 from tp_attention.models.bert import BertPolicy
@@ -136,16 +135,12 @@ def _fill(
 
 
 def _check_dimensions(source: LogicalTensors, plan: ShardPlan) -> None:
-    if scale := next((native for native in source.names() if native.endswith("_weight_scale")), None):
+    if scale := next((native for native in source.names() if native.endswith(SCALE)), None):
         raise ValueError(
             f"{source.checkpoint.path} is quantised (int8: it has {scale}); models take fp32, fp16 and bf16 weights, "
             "checkpoint.load_rank reads int8"
         )
-    held_plan = replace(source.checkpoint.plan, vocab_size=vocab_rows(source))
-    for name in ("heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"):
-        held, wanted = getattr(held_plan, name), getattr(plan, name)
-        if held != wanted:
-            raise ValueError(f"{name} is {held} in {source.checkpoint.path}, {wanted} in its config.json")
+    source.check_sizes(plan, "its config.json")
 
 
 @dataclass

@@ -1,19 +1,17 @@
 """DeepSpeed's inference layers, as `save_mp_checkpoint_path` writes them: its own names inside the model's.
 
 A layer lies wherever the model had it, so these layouts know where the models that DeepSpeed injects into have theirs,
-and keep whole what it keeps whole: embeddings, the last norm and the head.
+and what these have around them.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from tp_attention.checkpoint.families.bert import BERT
 from tp_attention.checkpoint.families.build import Rules, per_layer
 from tp_attention.checkpoint.families.gpt import BLOOM, GPT2, GPT_NEOX
 from tp_attention.checkpoint.families.llama import LLAMA
 from tp_attention.checkpoint.layouts import Layout, Rule
-from tp_attention.checkpoint.packing import WHOLE, Packing
+from tp_attention.checkpoint.packing import Packing
 
 _MODELS = (GPT2, BLOOM, GPT_NEOX, LLAMA, BERT)
 _ROOTS = ("[transformer.]h.", "[gpt_neox.]layers.", "[model.]layers.", "[bert.]encoder.layer.", "[transformer.]layers.")
@@ -21,8 +19,7 @@ _ROOTS = ("[transformer.]h.", "[gpt_neox.]layers.", "[model.]layers.", "[bert.]e
 
 def _around() -> Rules:
     """What the models have outside their layers."""
-    rules = (rule for model in _MODELS for rule in model.rules if "{layer}" not in rule.name)
-    return tuple(dict.fromkeys(replace(rule, packing=WHOLE) for rule in rules))
+    return tuple(dict.fromkeys(rule for model in _MODELS for rule in model.rules if "{layer}" not in rule.name))
 
 
 def _column(weight: str, bias: str, native: str, *parts: str, transposed: bool = False) -> Rules:

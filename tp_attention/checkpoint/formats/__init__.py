@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tp_attention.checkpoint.formats import deepspeed, gguf, hugging_face, megatron, native
+from tp_attention.checkpoint.formats.checks import check
 from tp_attention.checkpoint.formats.files import read_json
 from tp_attention.checkpoint.formats.opened import Opened
 from tp_attention.checkpoint.formats.output import Output
@@ -33,6 +34,17 @@ def open_checkpoint(
     broken or not known.
     """
     path = Path(path).expanduser()
+    try:
+        checkpoint = _open(path, layout, heads, kv_heads, allow_pickle)
+        check(checkpoint)
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from None
+    return checkpoint
+
+
+def _open(path: Path, layout: str | Path | None, heads: int | None, kv_heads: int | None, allow_pickle: bool) -> Opened:
     if path.is_file():
         if path.suffix == ".gguf":
             return gguf.open_gguf(path, layout)
@@ -42,6 +54,8 @@ def open_checkpoint(
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; pass a checkpoint's folder, DeepSpeed's JSON file or a GGUF file")
     if (path / native.MANIFEST).is_file():
+        if given := [name for name, value in (("layout", layout), ("heads", heads), ("kv_heads", kv_heads)) if value]:
+            raise ValueError(f"{path} says itself what it is; leave {given[0]} out")
         return native.open_native(path)
     if single := hugging_face.weights_in(path):
         return hugging_face.open_folder(path, single, layout, heads, kv_heads, allow_pickle)

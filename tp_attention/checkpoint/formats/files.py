@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 log = logging.getLogger("tp_attention")
@@ -34,6 +34,10 @@ PLAIN_DATA: list[Any] = [
     type(np.dtype(np.uint32)),
     *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
+
+
+# What torch's reading of a damaged file raises, beside its own UnpicklingError.
+_OF_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +63,10 @@ class SafetensorsFile(Mapping[str, Tensor]):
         entries = _header(path)
         self.header: dict[str, str] = entries.pop("__metadata__", {})
         self._names = dict.fromkeys(entries)
-        self._file: Any = safe_open(path, framework="pt")
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
@@ -88,9 +95,9 @@ def _header(path: Path) -> dict[str, Any]:
             )
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is no safetensors file: its header is broken ({error!r})") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header promises {expected:,}; download or copy it again")
@@ -114,39 +121,57 @@ def load_pickled(path: Path, allow_pickle: bool = False) -> dict[str, Any]:
             data = torch.load(path, map_location="cpu", mmap=mapped, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        if allow_pickle or not (mapped or named):
-            raise ValueError(f"{path} is broken: {_first_line(error)}; copy it again") from None
+        if allow_pickle or not named:
+            raise ValueError(f"{path} is broken, or nothing that torch.save wrote: {_cause(error)}") from None
         raise ValueError(
-            f"{path} holds more than tensors and plain data ({named[1] if named else _first_line(error)}); "
-            "if you trust where it comes from, --allow-pickle (allow_pickle=True) unpickles it, which runs its code"
+            f"{path} holds more than tensors and plain data ({named[1]}); if you trust where it comes "
+            "from, --allow-pickle (allow_pickle=True) unpickles it, which runs its code"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except _OF_DAMAGE as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one is torch's, seeking in a cut-off file
             raise
-        raise ValueError(f"{path} is truncated or no file of torch.save: {_first_line(error)}; copy it again") from None
+        raise ValueError(f"{path} is truncated or no file of torch.save: {_cause(error)}; copy it again") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a dictionary of tensors")
     return data
 
 
-def pickled_tensors(path: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of a flat file of torch.save. Raises ValueError as load_pickled does, and for lists of tensors."""
+def tensors_alone(path: Path, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What was `loaded` from `path` without numbers and the like.
+
+    Raises ValueError for lists, dictionaries and tensors that are not simply their numbers.
+    """
     found = {}
-    for name, value in load_pickled(path, allow_pickle).items():
+    for name, value in loaded.items():
         if isinstance(value, Tensor):
-            found[str(name)] = value
+            found[str(name)] = plain(value, f"{path}: {name}")
         elif isinstance(value, list | tuple | dict):
             raise ValueError(
-                f"{path}: {name} is a {type(value).__name__}, not a tensor; of DeepSpeed's int8 weights with their "
-                "scales, save the model in fp16 or bf16 instead and --quantize that"
+                f"{path}: {name} is a {type(value).__name__}, not a tensor; save the weights alone, by name"
             )
         else:
             log.info("%s: %s is a %s, not a tensor, and is left out", path, name, type(value).__name__)
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def plain(tensor: Tensor, name: str) -> Tensor:
+    """`tensor` without autograd. Raises ValueError for one that is sparse, quantised by torch, or has no numbers."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "quantised by torch" if tensor.is_quantized else "on meta" if tensor.is_meta else str(tensor.layout)
+        raise ValueError(f"{name} is {kind}; save it as a dense tensor")
+    return tensor.detach()
+
+
+def _cause(error: Exception) -> str:
+    """The line of an error of torch's that says what is wrong."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def check_name(name: Any, said_by: Path) -> None:
+    """Raises ValueError when `name`, of a file that `said_by` names, is no name of a file beside it."""
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise ValueError(f"{said_by} names a file {name!r}; it should be one in its own folder")
 
 
 class Joined(Mapping[str, Tensor]):
@@ -175,16 +200,18 @@ class Joined(Mapping[str, Tensor]):
 
 
 def single_or_indexed(folder: Path, single: str, open_file: Callable[[Path], Mapping[str, Tensor]]) -> Joined:
-    """The tensors of a folder's one file `single`, or of the files that `single`.index.json names.
+    """The tensors of a folder's one file `single`, or else of the files that `single`.index.json names.
 
     Raises ValueError when a file is missing or the index names tensors that no file has.
     """
-    index = folder / f"{single}.index.json"
-    if not index.is_file():
+    if (folder / single).is_file():  # first, as transformers does: an index beside it is of another time
         return Joined({folder / single: open_file(folder / single)})
+    index = folder / f"{single}.index.json"
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map; download or copy the checkpoint again")
+    for name in weight_map.values():
+        check_name(name, index)
     joined = Joined({folder / name: open_file(folder / name) for name in sorted(set(weight_map.values()))})
     if missing := sorted(weight_map.keys() - joined.keys()):
         raise ValueError(f"{len(missing)} tensors of {index.name} are in no file of {folder}: {', '.join(missing[:5])}")

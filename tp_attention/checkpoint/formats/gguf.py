@@ -6,6 +6,7 @@ The limit: transformers gives the whole model at once, so opening a GGUF file ta
 from __future__ import annotations
 
 import logging
+import struct
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,12 @@ def open_gguf(path: Path, layout: str | Path | None = None) -> Opened:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    except (ValueError, IndexError, OSError) as error:  # of gguf's reader, past the end of a truncated file
+    except (
+        ValueError,
+        IndexError,
+        OSError,
+        struct.error,
+    ) as error:  # of gguf's reader, past the end of a truncated file
         raise ValueError(f"{path} cannot be read as GGUF: {str(error).splitlines()[0]}") from None
     if missing := sorted(dict(model.named_parameters()).keys() - tensors.keys() - model.all_tied_weights_keys.keys()):
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}")

@@ -6,10 +6,17 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tp_attention.checkpoint.dimensions import from_config, layout_of
 from tp_attention.checkpoint.families import find
-from tp_attention.checkpoint.formats.files import SafetensorsFile, pickled_tensors, read_json, single_or_indexed
+from tp_attention.checkpoint.formats.files import (
+    SafetensorsFile,
+    load_pickled,
+    read_json,
+    single_or_indexed,
+    tensors_alone,
+)
 from tp_attention.checkpoint.formats.measure import contents, measured_plan
 from tp_attention.checkpoint.formats.opened import Opened, Origin, origin
 from tp_attention.checkpoint.formats.output import Output, OutputFile, OutputTensor
@@ -56,7 +63,7 @@ def open_folder(
     if single == SAFETENSORS:
         tensors = single_or_indexed(folder, single, SafetensorsFile)
     else:
-        tensors = single_or_indexed(folder, single, lambda path: pickled_tensors(path, allow_pickle))
+        tensors = single_or_indexed(folder, single, lambda path: tensors_alone(path, load_pickled(path, allow_pickle)))
     config_file = folder / "config.json"
     if not config_file.is_file():
         if layout is None:
@@ -79,7 +86,19 @@ def open_folder(
         if given is not None and given != said:
             raise ValueError(f"{name}={given} given, but {config_file} says {said}; leave it out")
     plan = replace(plan, **contents(chosen, tensors))
+    if _has_head(config, chosen) and all(chosen.match(name).native != "head.weight" for name in tensors):
+        raise ValueError(
+            f"{folder} lacks a head, and {config_file} does not tie it to the embedding; download it again"
+        )
     return Opened("hf", folder, (config_file, *tensors.files), chosen, plan, [tensors])
+
+
+def _has_head(config: dict[str, Any], layout: Layout) -> bool:
+    """Whether the model has a head of its own, not the embedding once more. An encoder saved alone has none."""
+    architecture = str((config.get("architectures") or ["ForCausalLM"])[0])
+    causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    known = any(rule.native.startswith("head.") for rule in layout.rules)
+    return causal and known and config.get("tie_word_embeddings") is False
 
 
 def lay_out(logical: LogicalTensors, plan: ShardPlan, layout: Layout | None) -> Output:
@@ -89,7 +108,7 @@ def lay_out(logical: LogicalTensors, plan: ShardPlan, layout: Layout | None) -> 
     Raises ValueError when plan is cut, the layout is not known, or it has no place for a tensor.
     """
     source = origin(logical)
-    plan = replace(even_plan("hf", plan), vocab_size=config_vocab_rows(logical))
+    plan = replace(even_plan("hf", logical, plan), vocab_size=config_vocab_rows(logical))
     layout = layout or _own_layout(logical, source)
     prefixed = source.prefixed_in(layout)
     shards: list[list[OutputTensor]] = [[]]

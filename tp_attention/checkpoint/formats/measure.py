@@ -12,31 +12,28 @@ from typing import Any
 
 from torch import Tensor
 
-from tp_attention.checkpoint.layouts import Layout
+from tp_attention.checkpoint.layouts import SCALE, Layout
 from tp_attention.checkpoint.packing import HEAD_PARTS, WHOLE
 from tp_attention.sharding import ShardPlan
 
 
 def contents(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of a ShardPlan that only say what there is, from one rank's tensors."""
+    """The fields of a ShardPlan that only say what there is in its layers and around, from one rank's tensors."""
     found: dict[str, tuple[str, ...]] = {}
-    whole, layers, size = 0, 0, 1
+    whole, size = 0, 1
     for name, tensor in tensors.items():
         match = layout.match(name)
         found[match.native] = found.get(match.native, ()) + match.packing.parts
-        if layer := re.match(r"layers\.(\d+)\.", match.native):
-            layers = max(layers, int(layer[1]) + 1)
         if match.native.endswith(".out_weight"):
             size = tensor.element_size()
         # The biases of row-parallel layers are not cut either, but ShardPlan counts them by their flags.
-        if match.packing.parts == WHOLE.parts and not match.native.endswith((".out_bias", "_scale")):
+        if match.packing.parts == WHOLE.parts and not match.native.endswith((".out_bias", SCALE)):
             whole += tensor.numel()
 
     def any_of(suffix: str) -> bool:
         return any(native.endswith(suffix) for native in found)
 
     return {
-        "layers": max(layers, 1),
         "qkv_bias": any_of(".attention.qkv_bias"),
         "out_bias": any_of(".attention.out_bias"),
         "sinks": any_of(".attention.sinks"),
@@ -67,7 +64,11 @@ def measured_plan(
         raise ValueError(
             "the checkpoint does not say how many heads it has; pass --heads N (heads=N), and --kv-heads N"
         )
-    kv_heads = kv_heads or heads
+    kv_heads = heads if kv_heads is None else kv_heads
+    for what, count in (("heads", heads), ("kv_heads", kv_heads)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{what}={count!r} must be a number, at least 1")
+    layers = [re.match(r"layers\.(\d+)\.", layout.match(name).native) for name in tensors]
     sizes: dict[str, int] = {}
     qkv: list[tuple[str, tuple[str, ...], int, int]] = []
     for name, tensor in tensors.items():
@@ -101,5 +102,6 @@ def measured_plan(
         intermediate_size=sizes.get("down", 0),
         vocab_size=sizes.get("vocab", sizes.get("head", 0)),
         mlp_unit=1,
+        layers=1 + max((int(layer[1]) for layer in layers if layer), default=0),
         **contents(layout, tensors),
     )

@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from tp_attention.checkpoint.families import LAYOUTS, find
-from tp_attention.checkpoint.formats.files import load_pickled
+from tp_attention.checkpoint.formats.files import load_pickled, plain
 from tp_attention.checkpoint.formats.measure import measured_plan
 from tp_attention.checkpoint.formats.opened import Opened, origin
 from tp_attention.checkpoint.formats.output import Output, OutputFile
-from tp_attention.checkpoint.formats.targets import beside, even_plan, manifest, tensors_of, vocab_rows
+from tp_attention.checkpoint.formats.targets import beside, even_plan, manifest, tensors_of
 from tp_attention.checkpoint.layouts import Layout
 from tp_attention.checkpoint.logical import LogicalTensors
 from tp_attention.sharding import ShardPlan
@@ -47,7 +47,7 @@ def rank_files(folder: Path) -> list[Path]:
     Raises ValueError when ranks are missing or the model is cut over pipeline stages or experts too.
     """
     if (folder / TRACKER).is_file():
-        said = (folder / TRACKER).read_text().strip()
+        said = (folder / TRACKER).read_text(errors="replace").strip()
         folder = folder / (f"iter_{int(said):07d}" if said.isdecimal() else said)
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing, which {TRACKER} says is the newest; copy it too")
@@ -107,10 +107,11 @@ def open_ranks(
         ranks.append(tensors)
         nested.append(containers)
     chosen = find(layout) if layout else _layout(version, ranks[0], args)
-    heads = heads or args.get("num_attention_heads")
+    heads = args.get("num_attention_heads") if heads is None else heads
     if kv_heads is None and args.get("group_query_attention"):
         kv_heads = args.get("num_query_groups")
     plan = measured_plan(chosen, ranks[0], len(files), heads, kv_heads)
+    _check_sizes(path, args, plan)
     if plan.kv_heads % plan.tp:
         raise ValueError(
             f"{path} has kv_heads={plan.kv_heads} on tp={plan.tp} ranks: Megatron cuts inside a group there, "
@@ -123,8 +124,12 @@ def open_ranks(
     if isinstance(states[0].get("iteration"), int):
         metadata["megatron"]["iteration"] = states[0]["iteration"]
     ours = states[0].get("tp_attention")
-    if isinstance(ours, dict) and isinstance(ours.get("vocab_size"), int):
-        metadata["vocab_size"] = ours["vocab_size"]
+    if isinstance(ours, dict) and "vocab_size" in ours:
+        real = metadata["vocab_size"] = ours["vocab_size"]
+        if not isinstance(real, int) or not 0 <= plan.vocab_size - real < plan.tp:
+            raise ValueError(
+                f"{path} has {plan.vocab_size} rows of vocabulary on {plan.tp} ranks; {real!r} cannot be real"
+            )
     return Opened(format, path, tuple(files), chosen, plan, ranks, metadata)
 
 
@@ -156,6 +161,23 @@ def _check_ranks(path: Path, count: int, args: dict[str, Any], states: list[dict
             raise ValueError(f"{path} has the files of {count} ranks, its {name} is {said}; copy the others too")
 
 
+def _check_sizes(path: Path, args: dict[str, Any], plan: ShardPlan) -> None:
+    """Raises ValueError when Megatron's arguments say other sizes than the tensors have with these heads."""
+    sizes = {
+        "kv_channels": plan.head_dim,
+        "hidden_size": plan.hidden_size,
+        "ffn_hidden_size": plan.intermediate_size,
+        "num_layers": plan.layers,
+        "padded_vocab_size": plan.vocab_size,
+    }
+    for name, measured in sizes.items():
+        if measured and (said := args.get(name)) not in (None, measured):
+            raise ValueError(
+                f"{path} says {name}={said}, its tensors have {measured} if they are of heads={plan.heads}; "
+                "other head counts are given by --heads N --kv-heads N"
+            )
+
+
 def _plain(args: Any) -> dict[str, Any]:
     """Those of Megatron's arguments that JSON can hold."""
     values = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
@@ -180,7 +202,7 @@ def _flatten(
             name = ".".join(here)
             if name in tensors:
                 raise ValueError(f"{file} holds {name} twice")
-            tensors[name] = value
+            tensors[name] = plain(value, f"{file}: {name}")
         elif value is not None:
             log.info("%s: %s is a %s, not a tensor, and is left out", file, ".".join(here), type(value).__name__)
 
@@ -216,10 +238,10 @@ def lay_out(logical: LogicalTensors, plan: ShardPlan, layout: Layout | None, *, 
     The vocabulary is padded with zeros to a multiple of tp; the file says how many rows are real.
     Raises ValueError when the cut is uneven or the layout has no place for a tensor.
     """
-    plan = even_plan(format, plan)
+    plan = even_plan(format, logical, plan)
     source = origin(logical)
     said = logical.checkpoint.metadata.get("megatron", {})
-    real = vocab_rows(logical)
+    real = logical.vocab_rows
     padded = -(-real // plan.tp) * plan.tp
     plan = replace(plan, vocab_size=padded)
     gated = any("gate" in logical.parts(native) for native in logical.names())

@@ -21,13 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tp_attention.checkpoint.formats.files import SafetensorsFile, read_json
+from tp_attention.checkpoint.formats.files import SafetensorsFile, check_name, read_json
 from tp_attention.checkpoint.formats.opened import Opened, origin, source_hash
 from tp_attention.checkpoint.formats.output import Output, OutputFile, OutputTensor
-from tp_attention.checkpoint.formats.targets import beside, manifest, vocab_rows
+from tp_attention.checkpoint.formats.targets import beside, manifest
 from tp_attention.checkpoint.layouts import Layout, Match, native_packing, packing_to_json
 from tp_attention.checkpoint.logical import LogicalTensors
 from tp_attention.checkpoint.packing import Packing
+from tp_attention.checkpoint.quantization import check_cut
 from tp_attention.sharding import ShardPlan
 
 MANIFEST = "tp_attention.json"
@@ -57,8 +58,12 @@ def rank_file(rank: int, tp: int) -> str:
 
 
 def lay_out(logical: LogicalTensors, plan: ShardPlan) -> Output:
-    """The native form of a checkpoint, cut by `plan`; its manifest lacks "files", which are known once written."""
-    plan = replace(plan, vocab_size=vocab_rows(logical))
+    """The native form of a checkpoint, cut by `plan`; its manifest lacks "files", which are known once written.
+
+    Raises ValueError with the legal tp when the cut divides a quantisation group.
+    """
+    check_cut(logical, plan)
+    plan = replace(plan, vocab_size=logical.vocab_rows)
     source, whole = origin(logical), replace(plan, tp=1)
     packings = {native: logical.packing(native) for native in logical.names()}
     said = manifest("tp_attention", logical, source, plan)
@@ -108,18 +113,27 @@ def open_native(folder: Path) -> Opened:
             f"this program reads 'tp_attention' version {VERSION}"
         )
     try:
-        plan = ShardPlan(**said["plan"])
-        packings = {name: Packing(**tensor["packing"]) for name, tensor in said["tensors"].items()}
+        try:
+            plan = ShardPlan(**said["plan"])
+            packings = {name: Packing(**tensor["packing"]) for name, tensor in said["tensors"].items()}
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        for name in said["files"]:
+            check_name(name, file)
         wanted = {folder / name: entry for name, entry in said["files"].items()}
         ranks = {entry["rank"]: path for path, entry in wanted.items()}
+        # vocab_size is of files that pad their vocabulary, which these do not
         metadata = {**said["metadata"], "source": said["source"]}
+        metadata.pop("vocab_size", None)
         if lacking := sorted(set(range(plan.tp)) - ranks.keys()):
             raise ValueError(f"{file} names no file of rank {lacking[0]} of {plan.tp}; reshard again")
+        if len(wanted) != plan.tp:
+            raise ValueError(f"{file} names {len(wanted)} files for {plan.tp} ranks; reshard again")
         opened = []
         for rank in range(plan.tp):
             size = wanted[ranks[rank]]["bytes"]
             opened.append(_rank(ranks[rank], size, _header(said, rank), said["tensors"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no manifest of this version: {error!r} is wrong with it") from None
     layout = NativeLayout("native", (), packings=packings)
     files = (file, *(ranks[rank] for rank in range(plan.tp)))
@@ -127,6 +141,8 @@ def open_native(folder: Path) -> Opened:
 
 
 def _rank(path: Path, size: int, header: dict[str, str], tensors: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if not isinstance(size, int):
+        raise TypeError(f"bytes of {path.name}")
     if path.is_file() and path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {size:,}; copy it again")
     file = SafetensorsFile(path)

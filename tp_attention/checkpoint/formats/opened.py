@@ -15,7 +15,7 @@ from tp_attention.checkpoint.layouts import Layout, from_data, to_json
 from tp_attention.checkpoint.logical import LogicalTensors
 from tp_attention.sharding import ShardPlan
 
-# What makes a folder of weights a model: copied along as it is. Remote-code models need their .py files.
+# What makes a folder of weights a model: copied along as it is.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -27,9 +27,12 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.*",
     "*.tiktoken",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
+    "*.model",  # SentencePiece's
+    "*.py",  # a remote-code model's
+    "modules.json",  # this and the rest: a sentence encoder's, with its pooling and what follows that
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[1-9]_*/*",
 )
 
 
@@ -57,10 +60,11 @@ class Opened:
         return self.ranks[rank][name]
 
 
-def companions(path: Path) -> tuple[Path, ...]:
-    """The config, tokenizer and the like in a checkpoint's folder."""
+def companions(path: Path) -> dict[str, Path]:
+    """The config, tokenizer and the like in a checkpoint's folder, by their path within it."""
     folder = path if path.is_dir() else path.parent
-    return tuple(sorted({file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}))
+    files = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
+    return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,13 @@ def layout_named(name: str | dict[str, Any]) -> Layout:
 
 
 def source_hash(files: Iterable[Path]) -> str:
-    """SHA-256 over names, sizes and the first MiB of `files`: tells checkpoints apart, and costs no reading of all."""
+    """SHA-256 over names, sizes and samples of `files`: tells checkpoints apart, and costs no reading of all."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
+            for sample in range(64):  # two trainings of one model may share their first tensors
+                stream.seek(size * sample // 64)
+                digest.update(stream.read(1 << 15))
     return digest.hexdigest()

@@ -51,7 +51,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Output:
-    """A whole checkpoint: files of tensors cut by `plan`, small texts by path, and files to copy as they are.
+    """A whole checkpoint: files of tensors cut by `plan`, small texts, and files to copy as they are, all by path.
 
     manifest: what the manifest says beside its "files", as JSON; of the native form, of which it is a part, and others.
     """
@@ -60,5 +60,5 @@ class Output:
     plan: ShardPlan
     files: tuple[OutputFile, ...]
     texts: dict[str, str] = field(default_factory=dict)
-    copies: tuple[Path, ...] = ()
+    copies: dict[str, Path] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
