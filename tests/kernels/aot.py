@@ -48,6 +48,26 @@ class Compiled:
     def tma(self) -> bool:
         return "cp.async.bulk.tensor" in self.ptx
 
+    @property
+    def setmaxnreg(self) -> bool:
+        return "setmaxnreg" in self.ptx
+
+    def fixed_bounds(self) -> list[str]:
+        """Loops within a loop whose upper bound is made outside of both, or a constant."""
+        found, outer = [], []
+        lines = self.kernel.asm["ttgir"].splitlines()
+        made = {m[1]: n for n, line in enumerate(lines) if (m := re.match(r"\s*(%[\w]+)(?::\d+)? =", line))}
+        for n, line in enumerate(lines):
+            indent = len(line) - len(line.lstrip())
+            outer = [(i, m) for i, m in outer if i < indent or line.lstrip().startswith("}")]
+            if match := re.search(r"scf\.for %\w+ = \S+ to (%\w+)(?:#\d+)? step", line):
+                if outer and made.get(match[1], 0) < outer[-1][1]:
+                    found.append(line.strip()[:100])
+                outer.append((indent, n))
+            if re.match(r"\s*(default|partition\d+)", line):
+                outer = []
+        return found
+
     def sass(self) -> str:
         with _cubin(self.kernel) as path:
             return subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout

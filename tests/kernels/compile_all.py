@@ -17,6 +17,8 @@ from tests.kernels.aot import SHARED_MEMORY, Target, report
 def main(architecture: int, wanted: list[str]) -> None:
     for module in pkgutil.iter_modules(launches.__path__):
         family = importlib.import_module(f"{launches.__name__}.{module.name}")
+        if architecture not in getattr(family, "ARCHITECTURES", (80, 90)):
+            continue
         for name, launch in family.LAUNCHES.items():
             full = f"{module.name}/{name}"
             if wanted and module.name not in wanted and full not in wanted:
@@ -31,6 +33,10 @@ def main(architecture: int, wanted: list[str]) -> None:
                     needed, used = getattr(launch, feature), any(getattr(k, feature) for k in target.kernels)
                     if needed is not None and needed != used:
                         faults.append(f"{feature} is {'missing' if needed else 'used'}")
+                if launch.setmaxnreg and not all(k.setmaxnreg for k in target.kernels):
+                    faults.append("setmaxnreg is missing")
+                if launch.moving:
+                    faults += [f"a bound stands still: {line}" for k in target.kernels for line in k.fixed_bounds()]
             if len(target.kernels) > launch.kernels:
                 faults.append(f"{len(target.kernels)} kernels compiled, {launch.kernels} are enough")
             if not target.kernels:

@@ -34,6 +34,7 @@ def attention(causal: bool) -> Mapping[str, Prepare]:
         "flash-attn-3": _flash_attn("flash_attn_interface", causal),
         "flash-attn-4": _flash_attn("flash_attn.cute", causal),
         "deepspeed": _deepspeed_flash(causal),
+        "ours hopper": _hopper(causal),
     }
 
 
@@ -150,6 +151,21 @@ def _flash_attn(module: str, causal: bool) -> Prepare:
             return out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
 
         return call
+
+    return prepare
+
+
+def _hopper(causal: bool) -> Prepare:
+    """Our own kernel for Hopper, whether or not `functional.attention` chooses it."""
+
+    def prepare(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        from tp_attention.kernels import configs
+
+        if configs.architecture(q.device) != 90:
+            raise Unavailable("ours hopper is left out: this is no Hopper GPU")
+        run = _from("tp_attention.kernels.flash_prefill_hopper", "flash_attention_hopper")
+        scale, group_size = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
+        return lambda: run(q, k, v, scale=scale, causal=causal, group_size=group_size)[0]
 
     return prepare
 

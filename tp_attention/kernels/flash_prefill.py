@@ -4,11 +4,14 @@ One program per (query block, head). Key blocks that every row of the block sees
 of causal, window or the sequence's end go through loops of their own. On Hopper q, k and v come by TMA from whatever
 strided view they are, elsewhere by pointers. Sequences packed without padding (cu_seqlens) run in the
 same kernel: a program finds its sequence by itself, so that no length is read on the host.
-Few query tokens over many keys: flash_decode.py.
+flash_prefill_hopper.py is faster on Hopper for what it takes, once HOPPER_PROVEN. Few query tokens over many keys:
+flash_decode.py.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +34,8 @@ from tp_attention.kernels.scores import (
     reach_mask,
     shape_scores,
 )
+
+log = logging.getLogger("tp_attention")
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,36 @@ def flash_prefill_kernel(
         tl.store(p_lse + b64 * stride_lb + h64 * stride_lh + row64 + o_m, b_lse, mask=m_t)
 
 
+# Whether tests/kernels/test_flash_prefill_hopper.py has passed on a GPU as that kernel stands; False: emulated alone.
+HOPPER_PROVEN = False
+HOPPER_KEYS, HOPPER_ROWS = 256, 64  # less is done sooner by small tiles
+HOPPER_HEAD_DIMS = (64, 128, 256)
+
+
+def hopper_obstacle(
+    q: Tensor, k: Tensor, *, scale: float, reach: tuple[int | None, int | None], features: tuple[str, ...]
+) -> str | None:
+    """Why Hopper's own kernel does not take this call, or None. features: what else is asked for, by name."""
+    if not HOPPER_PROVEN:
+        return "its last version has not run on a GPU"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype}"
+    if q.shape[3] not in HOPPER_HEAD_DIMS:
+        return f"head_dim {q.shape[3]}, not one of {', '.join(map(str, HOPPER_HEAD_DIMS))}"
+    if features or reach not in ((None, None), (None, 0)):
+        return ", ".join(features) or "a window"
+    if scale <= 0:
+        return f"scale {scale}"
+    if k.shape[1] < HOPPER_KEYS or q.shape[1] < HOPPER_ROWS:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys, fewer than {HOPPER_ROWS} or {HOPPER_KEYS}"
+    return None
+
+
+@functools.cache
+def _say_general(why: str) -> None:
+    log.info("general prefill kernel, not Hopper's: %s", why)
+
+
 L2_BYTES = 30 << 20  # of keys and values in use at a time: about half of the L2 of an A100 (40 MB) or H100 (50 MB)
 
 
@@ -263,6 +298,19 @@ def flash_attention(
     (batch, tokens, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     group_size = group_size or heads // kv_heads
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    architecture = configs.architecture(q.device)
+    if architecture == 90 and config is None:
+        asked = {"a mask": mask, "ALiBi": alibi_slopes, "softcap": softcap, "sinks": sinks, "packed": cu_seqlens}
+        features = tuple(name for name, value in asked.items() if value is not None)
+        why = hopper_obstacle(q, k, scale=scale, reach=reach, features=features)
+        if why is None:
+            from tp_attention.kernels.flash_prefill_hopper import flash_attention_hopper  # Gluon: for Hopper alone
+
+            return flash_attention_hopper(
+                q, k, v, scale=scale, causal=reach == (None, 0), q_start=q_start, group_size=group_size,
+                kv_start=kv_start, return_lse=return_lse,
+            )  # fmt: skip
+        _say_general(why)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     q, k, v = aligned(q), aligned(k), aligned(v)
@@ -272,7 +320,6 @@ def flash_attention(
     mask, kind, mask_strides = as_kernels_read(mask)
     mask_strides, mask_unit = in_units(mask_strides)
     align = 16 // q.element_size()
-    architecture = configs.architecture(q.device)
     tma = architecture == 90 and q.element_size() == 2
     masked = "mask" if mask is not None else "full" if reach == (None, None) else "edge"
     config = configs.choose("flash_prefill", CONFIGS, (architecture, block_d, q.element_size(), masked), config)

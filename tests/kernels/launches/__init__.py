@@ -13,10 +13,13 @@ from dataclasses import dataclass
 class Launch:
     """call: launches kernels. wgmma, tma: whether some kernel of it must use these on sm_90 (None: either way).
 
-    kernels: at most so many may be compiled for it.
+    kernels: at most so many may be compiled for it. setmaxnreg: on sm_90 its warpgroups must share out registers.
+    moving: no loop within a loop may run to a bound from outside of both, which Triton makes of a carried one.
     """
 
     call: Callable[[], object]
     wgmma: bool | None = None
     tma: bool | None = None
     kernels: int = 2
+    setmaxnreg: bool = False
+    moving: bool = False
