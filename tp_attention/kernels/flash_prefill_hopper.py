@@ -118,7 +118,7 @@ def _tile(
 def _reach(token, seen, offset, CAUSAL: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr):
     """Blocks of keys that some row of a consumer sees, and how many of these hide a key from some row.
 
-    Worked out wherever it is needed: Triton 3.6 and 3.7 take the first for constant where a loop carries it.
+    Worked out wherever it is needed: the loop-aware CSE of Triton 3.6 and 3.7 takes a carried one for constant.
     """
     last = gl.minimum(seen, token + ROWS // PACK + offset) if CAUSAL else seen
     whole = gl.minimum(seen, token + offset + 1) if CAUSAL else seen
