@@ -202,8 +202,10 @@ def test_time_limit_names_the_running_ranks_and_ends_them(tmp_path):
 
 
 PARENT = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 from tp_attention import launch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 
 def hang(folder):
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))
