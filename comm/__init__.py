@@ -1,10 +1,12 @@
 """Tensor-parallel groups and their collectives.
 
-The one place of the package that calls torch.distributed. Every collective takes its group; there is no default group
-here, so tp x dp meshes and several models in one process do not meet. Limit: one collective at a time per group.
+The one place of the package that calls torch.distributed and MPI. Every collective takes its group; there is no
+default group here, so tp x dp meshes and several models in one process do not meet. Limit: one collective at a time
+per group.
 """
 
 from tp_attention.comm.collectives import all_gather, all_reduce, barrier, broadcast
 from tp_attention.comm.group import CollectiveError, TPGroup
+from tp_attention.comm.mpi import MPIGroup
 
-__all__ = ["CollectiveError", "TPGroup", "all_gather", "all_reduce", "barrier", "broadcast"]
+__all__ = ["CollectiveError", "MPIGroup", "TPGroup", "all_gather", "all_reduce", "barrier", "broadcast"]

@@ -1,14 +1,13 @@
 """all_reduce, all_gather, broadcast, barrier: each takes its group.
 
 On an `ordered` group (gloo) the parts are moved as they are and added here, in fp32 and rank order. For inference only:
-no collective has a backward, so a tensor whose gradient would be lost is refused. Limit: ranks that disagree about the
-call (shape, dtype, order) are noticed by the backend at best, or by its time limit.
+no collective has a backward, so a tensor whose gradient would be lost is refused. Limit: that ranks disagree about the
+call (shape, dtype, order) is certain to be noticed only under TP_ATTENTION_CHECK=1, which costs a meeting per call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def all_reduce(x: Tensor, group: TPGroup, *, out: Tensor | None = None) -> Tenso
     new tensor; x is untouched unless out is x. On an ordered group fp16 and bf16 are summed in fp32 and rounded once.
 
     Raises ValueError for a wrong device, dtype or out, RuntimeError where a gradient would be lost, and
-    CollectiveError where the transfer fails.
+    CollectiveError where the transfer fails, a rank stays away for longer than the group's timeout or ranks disagree.
     """
     _check(x, group)
     if x.dtype not in ACCUMULATE:
@@ -42,10 +41,9 @@ def all_reduce(x: Tensor, group: TPGroup, *, out: Tensor | None = None) -> Tenso
         _check(out, group)
         if out.shape != x.shape or out.dtype != x.dtype:
             raise ValueError(f"out is {out.dtype} {list(out.shape)}, but x is {x.dtype} {list(x.shape)}")
-    if group.size == 1 or x.numel() == 0:
-        total = x
-    else:
-        with group.transfer("all_reduce", x):
+    total = x
+    with group.transfer("all_reduce", x):
+        if group.size > 1 and x.numel():
             total = (_ordered_sum if group.ordered else _backend_sum)(x, group)
     if out is None:
         return x.clone() if total is x else total
@@ -64,10 +62,13 @@ def all_gather(x: Tensor, group: TPGroup, *, dim: int = -1, sizes: Sequence[int]
     if x.dim() == 0:
         raise ValueError("all_gather joins along a dimension and x has 0; use x.reshape(1)")
     mine = x.size(dim)
-    with group.transfer("all_gather", x) if group.size > 1 else nullcontext():
+    known = None if sizes is None else list(sizes)
+    fits = known is None or (len(known) == group.size and known[group.rank] == mine)
+    # A rank whose n is not what sizes say agrees with no other: then all of them raise, if they compare.
+    with group.transfer("all_gather", x, free=dim if fits else None, sizes=known):
         if sizes is None:
             sizes = _gather(torch.tensor([mine], device=x.device), group).flatten().tolist()
-        if len(sizes) != group.size or sizes[group.rank] != mine:
+        if not fits:
             raise ValueError(f"sizes={list(sizes)}, but rank {group.rank} of {group.size} has x.size({dim})={mine}")
         parts = _gather(_grown(x, dim, max(sizes)), group)
     return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts.unbind(0), sizes, strict=True)], dim)
@@ -81,19 +82,19 @@ def broadcast(x: Tensor, group: TPGroup, src: int = 0) -> Tensor:
     _check(x, group)
     if not 0 <= src < group.size:
         raise ValueError(f"src={src} is not a rank of group {group.name}; use 0 to {group.size - 1}")
-    if group.size > 1 and x.numel():
-        flat = x.contiguous()
-        with group.transfer("broadcast", x):
+    with group.transfer("broadcast", x, src=src):
+        if group.size > 1 and x.numel():
+            flat = x.contiguous()
             group._broadcast(_flat(flat), src)
-        if flat is not x:
-            x.copy_(flat)
+            if flat is not x:
+                x.copy_(flat)
     return x
 
 
 def barrier(group: TPGroup) -> None:
     """Returns once every rank of the group has called it."""
-    if group.size > 1:
-        with group.transfer("barrier"):
+    with group.transfer("barrier"):
+        if group.size > 1:
             group._barrier()
 
 

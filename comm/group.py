@@ -2,11 +2,16 @@
 
 A transport other than torch.distributed (MPI, symmetric memory) is a subclass that overrides the underscored
 transfers; argument checks and the order of sums stay in collectives.py. Limit: gloo for CPU tensors, NCCL for CUDA.
+
+No collective waits for ever: `transfer`, around each of them, names what failed, and a group that failed once is over.
+gloo ends a transfer after `timeout` and when a rank dies; on CUDA heartbeat.py does both, by ending the process.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,6 +22,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _abort_process_group
 
+from tp_attention.comm import checks, stores
+from tp_attention.comm.heartbeat import PERIOD, Heartbeat
+
 log = logging.getLogger("tp_attention")
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -24,7 +32,10 @@ RING_BYTES = 256 * 1024  # gloo's gather is a ring of size - 1 turns; for smalle
 
 
 class CollectiveError(RuntimeError):
-    """A transfer or a meeting of ranks failed, most often because another rank died. Names group, rank and shape."""
+    """A transfer or a meeting of ranks failed: another rank died, is late or called something else.
+
+    Names group, rank, operation, shape, dtype and the number that the call has among the group's collectives.
+    """
 
 
 class TPGroup:
@@ -32,15 +43,29 @@ class TPGroup:
 
     Made by `alone`, `from_process_group` or `from_mesh`; `launch.init` makes those of a whole world. `process_group`
     is None when alone. `ordered`: sums run in fp32 and rank order, the same bits on every rank and in every run.
+    `timeout`: seconds that a collective may wait for the other ranks. `checked`: TP_ATTENTION_CHECK was set.
     """
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, *, name: str, backend: str, ordered: bool = True
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        name: str,
+        backend: str,
+        ordered: bool = True,
+        timeout: float = 120.0,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.name, self.backend, self.ordered = name, backend, ordered
+        self.timeout, self.checked = timeout, checks.wanted()
         self.process_group: Any = None  # dist.ProcessGroup; None when alone or destroyed
         self._owned = False
+        self._call = checks.Call()  # the latest
+        self._failure = ""  # what ended this group
+        self._store: dist.Store | None = None
+        self._heartbeat: Heartbeat | None = None
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> TPGroup:
@@ -55,11 +80,17 @@ class TPGroup:
         *,
         name: str | None = None,
         owned: bool = False,
+        timeout: float | None = None,
+        heartbeat: float | None = None,
     ) -> TPGroup:
         """Wraps a torch process group: gloo for CPU tensors, NCCL for CUDA tensors, or one that has both.
 
         device: None is this process's current CUDA device where the group has NCCL, else the CPU. owned: destroy()
-        destroys the process group too. Raises ValueError where this process is no member or the backend does not fit.
+        destroys the process group too; after a failed collective only that wakes ranks that wait for this one. timeout:
+        None is the process group's own, and gloo keeps to that. heartbeat: seconds from beat to beat, 0 for none; None
+        is 1 on CUDA, where a rank missed for 7 beats ends the others, and none on the CPU.
+
+        Raises ValueError where this process is no member or the backend does not fit.
         """
         rank = dist.get_rank(process_group)
         if rank < 0:
@@ -74,8 +105,18 @@ class TPGroup:
             raise ValueError(f"a process group with {backends} cannot serve {device}; use gloo on cpu, nccl on cuda")
         size = dist.get_world_size(process_group)
         name = name or process_group.group_desc or process_group.group_name
-        group = cls(rank, size, device, name=name, backend=backend, ordered=backend == "gloo")
+        if timeout is None:
+            timeout = process_group._get_backend(device).options._timeout.total_seconds()
+        group = cls(rank, size, device, name=name, backend=backend, ordered=backend == "gloo", timeout=timeout)
         group.process_group, group._owned = process_group, owned
+        if heartbeat is None:
+            heartbeat = PERIOD if device.type == "cuda" else 0
+        if size > 1 and (heartbeat or (group.checked and device.type == "cuda")):
+            store = group._store = stores.private(process_group)
+            if heartbeat:
+                group._heartbeat = Heartbeat(
+                    store, rank, size, name, lambda: group._call, period=heartbeat, timeout=timeout
+                )
         if not group.ordered and rank == 0 and size > 1:
             log.info("group %s: sums over %d ranks are in NCCL's own order, not in rank order", name, size)
         return group
@@ -91,9 +132,14 @@ class TPGroup:
         abort: after an error, when the other ranks may never come: do not wait for them.
         """
         process_group, self.process_group = self.process_group, None
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat:
+            heartbeat.leave(failed=abort)
         if self._owned and process_group is not None and dist.is_initialized():
             with suppress(ValueError):  # it went with an earlier default group, and this is another
                 destroy_process_group(process_group, self.backend, abort)
+        if heartbeat:
+            heartbeat.stop()  # only now: NCCL waits for the other ranks
 
     def __enter__(self) -> TPGroup:
         return self
@@ -105,16 +151,52 @@ class TPGroup:
         return f"TPGroup({self.name}: rank {self.rank} of {self.size} on {self.device}, {self.backend})"
 
     @contextmanager
-    def transfer(self, operation: str, x: Tensor | None = None) -> Iterator[None]:
-        """Turns a failure of the transport into a CollectiveError that says whose and in what."""
-        if self.process_group is None:
-            raise RuntimeError(f"{operation} on the destroyed group {self.name}; make a new World or TPGroup")
-        try:
+    def transfer(
+        self, operation: str, x: Tensor | None = None, *, free: int | None = None, **arguments: Any
+    ) -> Iterator[None]:
+        """Around every collective: numbers it, compares it with the other ranks' where checked, and names what fails.
+
+        x: what is sent, of one dtype and shape on all ranks but for dimension `free`. arguments: what else the ranks
+        must agree on. A RuntimeError or TimeoutError inside becomes a CollectiveError and ends the group: its ranks can
+        no longer know which bytes belong to which call. Ranks that only disagree may go on.
+        """
+        if self.size == 1:
             yield
-        except RuntimeError as error:
-            what = operation if x is None else f"{operation} of {x.dtype} {list(x.shape)}"
-            whose = f"rank {self.rank} of {self.size} of group {self.name}"
-            raise CollectiveError(f"{what} failed on {whose}: {error}") from error
+            return
+        dtype, shape = (None, ()) if x is None else (x.dtype, x.shape)
+        call = checks.Call(self._call.number + 1, operation, dtype, shape, free, arguments)
+        if self.process_group is None:
+            if self._failure:
+                raise CollectiveError(self._named(call, f"the group failed earlier: {self._failure}"))
+            raise RuntimeError(f"{operation} on the destroyed group {self.name}; make a new World or TPGroup")
+        self._call = call
+        start = time.monotonic()
+        try:
+            difference = checks.difference(self._meet(checks.record(call))) if self.checked else None
+            if difference is None:
+                yield
+        except (RuntimeError, TimeoutError) as error:
+            waited = f"after {time.monotonic() - start:.1f} s of at most {self.timeout:g} s"
+            self._failure = self._named(call, f"{waited}: {error}")
+            traceback.clear_frames(error.__traceback__)  # torch's own hold the process group, and so its connections
+            self.destroy(abort=True)
+            raise CollectiveError(self._failure) from error
+        if difference is not None:
+            raise CollectiveError(self._named(call, f"the ranks disagree: {difference}"))
+
+    def _named(self, call: checks.Call, reason: str) -> str:
+        return f"{call} failed on rank {self.rank} of {self.size} of group {self.name}: call {call.number}, {reason}"
+
+    def _meet(self, record: bytes) -> list[bytes]:
+        """Every rank's record, all of one length. On CUDA through the store: nothing interrupts a wait in a kernel."""
+        if self._store is not None and self.device.type == "cuda":
+            key, number = "call {}", self._call.number
+            records = stores.exchange(self._store, key.format(number), record, self.rank, self.size, self.timeout)
+            self._store.delete_key(f"{key.format(number - 1)}/{self.rank}")  # who came to this call has read the last
+            return records
+        parts = torch.empty(self.size * len(record), dtype=torch.uint8)
+        self._gather(parts, torch.frombuffer(bytearray(record), dtype=torch.uint8))
+        return [bytes(part.tolist()) for part in parts.chunk(self.size)]
 
     # Transfers, for contiguous tensors, size > 1 and inside `transfer`. Frequent ones use the process group itself: the
     # functions of torch.distributed add tens of microseconds, and the gather's name there differs by version.

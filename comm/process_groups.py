@@ -11,7 +11,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from tp_attention.comm import checks, stores
 from tp_attention.comm.group import BACKENDS, CollectiveError, TPGroup, destroy_process_group
+
+NCCL_PATIENCE = 15.0  # seconds by which NCCL's own time limit is longer: the heartbeat's error says more
 
 
 def initialised() -> bool:
@@ -48,10 +51,12 @@ def connect(rank: int, size: int, address: str, port: int, *, hosted: bool, time
 
 
 def initialise(rank: int, size: int, device: torch.device, store: dist.Store, *, plan: str, timeout: float) -> None:
-    """Makes the default process group. plan: what all ranks must have decided alike.
+    """Makes the default process group. plan: what all ranks must have decided alike, beside TP_ATTENTION_CHECK.
 
     Raises ValueError where a rank's plan is not rank 0's, and CollectiveError where the ranks do not meet in time.
     """
+    if checks.wanted():
+        plan += f" with {checks.SWITCH}"
     with _meeting(rank, size, timeout):
         if rank == 0:
             store.set("plan", plan)
@@ -89,19 +94,26 @@ def check_tp(tp: int, size: int) -> None:
         raise ValueError(f"tp={tp} does not divide the world of {size} ranks; use tp = {legal}")
 
 
-def make_mesh(tp: int, rank: int, size: int, device: torch.device, timeout: float) -> tuple[TPGroup, TPGroup]:
-    """This rank's tp and dp groups in the mesh rank = dp_rank * tp + tp_rank. Every rank of the world must call it."""
+def make_mesh(
+    tp: int, rank: int, size: int, device: torch.device, timeout: float, heartbeat: float | None = None
+) -> tuple[TPGroup, TPGroup]:
+    """This rank's tp and dp groups in the mesh rank = dp_rank * tp + tp_rank. Every rank of the world must call it.
+
+    heartbeat: like TPGroup.from_process_group.
+    """
     check_tp(tp, size)
     mine: dict[str, TPGroup] = {}
     rows = [("tp", list(range(first, first + tp))) for first in range(0, size, tp)]
     columns = [("dp", list(range(first, size, tp))) for first in range(tp)]
+    backend = BACKENDS[device.type]
+    limit = timedelta(seconds=timeout + (NCCL_PATIENCE if backend == "nccl" else 0))
     for kind, ranks in rows + columns:  # every rank makes every group, in this order
-        process_group = None
+        process_group, name = None, f"{kind} {ranks}"
         if len(ranks) > 1:
-            process_group = dist.new_group(ranks, timedelta(seconds=timeout), BACKENDS[device.type])
+            process_group = dist.new_group(ranks, limit, backend, group_desc=name)
         if rank in ranks:
             mine[kind] = (
-                TPGroup.from_process_group(process_group, device, name=f"{kind} {ranks}", owned=True)
+                TPGroup.from_process_group(process_group, device, owned=True, timeout=timeout, heartbeat=heartbeat)
                 if process_group
                 else TPGroup.alone(device)
             )
@@ -113,16 +125,7 @@ def exchange(key: str, value: bytes, timeout: float) -> list[bytes]:
 
     Raises TimeoutError naming the ranks that did not come.
     """
-    store = dist.PrefixStore(key, dist.distributed_c10d._get_default_store())
-    rank, size = default_place()
-    keys = [str(r) for r in range(size)]
-    store.set(keys[rank], value)  # type: ignore[arg-type]  # the stub forgets bytes
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError as error:
-        missing = [r for r in range(size) if not store.check([keys[r]])]
-        raise TimeoutError(f"ranks {missing} of {size} did not come to {key} within {timeout:g} s") from error
-    return [store.get(k) for k in keys]
+    return stores.exchange(stores.default(), key, value, *default_place(), timeout)
 
 
 @contextmanager

@@ -43,11 +43,12 @@ class RankError(RuntimeError):
     """A rank failed: the first one, not those that then lost their connection to it.
 
     rank; exit_code, negative for the signal that killed it; cause_type and cause_message, those of its exception (or
-    the signal's name); traceback, its text, "" for a rank that was killed.
+    the signal's name); traceback, its text, "" for a rank that was killed. failures: of all ranks whose end was seen.
     """
 
     def __init__(self, failures: Sequence[Failure], ranks: int) -> None:
-        first = min(failures, key=lambda failure: (failure.echo, failure.at))
+        self.failures = sorted(failures, key=lambda failure: (failure.echo, failure.at))
+        first = self.failures[0]
         self.rank, self.exit_code, self.traceback = first.rank, first.exit_code, first.traceback
         self.cause_type, self.cause_message = first.cause_type, first.cause_message
         text = f"rank {first.rank} of {ranks}: {first.cause_type}: {first.cause_message}"

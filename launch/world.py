@@ -55,7 +55,13 @@ class World:
         self.close(abort=error_type is not None)
 
 
-def init(tp: int | None = None, *, device: torch.device | str | None = None, timeout: float = 120.0) -> World:
+def init(
+    tp: int | None = None,
+    *,
+    device: torch.device | str | None = None,
+    timeout: float = 120.0,
+    heartbeat: float | None = None,
+) -> World:
     """Joins the world that the launcher's environment describes; all its ranks must call init, with the same tp.
 
     A process that nobody launched is a world of one. Where a default process group exists, the caller's or an earlier
@@ -63,7 +69,8 @@ def init(tp: int | None = None, *, device: torch.device | str | None = None, tim
 
     tp: ranks per model, None for all. device: None is CUDA where this host has a GPU for each of its ranks, else the
     CPU; in an existing process group, what its backend serves. timeout: seconds for the ranks to meet, and for every
-    collective.
+    collective. heartbeat: seconds from beat to beat, by which ranks on CUDA notice within 10 s that another died; None
+    is 1 on CUDA and 0, no heartbeat, on the CPU, where gloo notices by itself.
 
     Raises ValueError for a partial environment, a tp that does not divide the world, ranks that want different things
     and a device="cuda" without a GPU per rank; CollectiveError where the ranks do not meet in time.
@@ -81,7 +88,7 @@ def init(tp: int | None = None, *, device: torch.device | str | None = None, tim
         store = groups.connect(rank, size, place.address, place.port, hosted=place.hosted, timeout=timeout)
         groups.initialise(rank, size, chosen, store, plan=f"{chosen.type} and tp={tp}", timeout=timeout)
     try:
-        tp_group, dp_group = groups.make_mesh(tp, rank, size, chosen, timeout)
+        tp_group, dp_group = groups.make_mesh(tp, rank, size, chosen, timeout, heartbeat)
     except BaseException:
         if owner:
             groups.destroy(abort=True)

@@ -89,8 +89,8 @@ def embed(
 
 @app.command()
 def reshard(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint of any format, or a bundled model.")],
-    destination: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A checkpoint of any format, or a bundled model.")],
+    destination: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
     tp: Annotated[int, typer.Option(help="Ranks to cut for.")],
     format: Annotated[str, typer.Option(help="native, hf, megatron or deepspeed.")] = "native",
     layout: Layout = None,
@@ -135,7 +135,7 @@ def reshard(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint of any format, or a bundled model.")],
+    path: Annotated[str, typer.Argument(help="A checkpoint of any format, or a bundled model.")],
     tp: Annotated[int | None, typer.Option(help="Say who would own what on so many ranks.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     layout: Layout = None,
@@ -206,13 +206,13 @@ def _folder(model: str, tp: int | None, command: str) -> Path:
     return launch.spawn(jobs.prepare, 1, model, tp, command)[0]
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(path: str) -> str | Path:
     """The path, or the folder of the bundled model of that name."""
-    if path.exists() or len(path.parts) > 1:
+    if Path(path).exists() or len(Path(path).parts) > 1:
         return path
     from tp_attention.models import folders
 
-    return folders.resolve(str(path)) if str(path) in folders.BUNDLED else path
+    return folders.resolve(path) if path in folders.BUNDLED else path
 
 
 def _dtype(name: str | None) -> Any:

@@ -199,10 +199,10 @@ def _transport(found: str | None, useful: bool, use: str, why_not: str) -> tuple
 
 def _mpi(answer: Answer) -> tuple[str, str]:
     if answer.problem:
-        return answer.problem, UNUSED
+        return answer.problem, "no MPIGroup; pip install 'tp_attention[mpi]' for one"
     about, mpirun = answer.values, shutil.which("mpirun")
     library = f"{about['vendor']} {about['vendor_version']}"
-    return f"mpi4py {about['version']}, {library}, {mpirun or 'no mpirun on PATH'}", UNUSED
+    return f"mpi4py {about['version']}, {library}, {mpirun or 'no mpirun on PATH'}", "MPIGroup can be used"
 
 
 def _package(name: str, extra: str, use: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -46,6 +47,13 @@ def resave(path, change):
 def folder(tmp_path):
     tiny_llama.write(tmp_path / "in")
     return tmp_path / "in"
+
+
+def test_no_path():
+    refused("", "an empty path names no checkpoint")
+    for source, destination in (("", "out"), ("in", "")):
+        with pytest.raises(ValueError, match=r"source '.*' and destination '.*' must both be paths, not empty"):
+            reshard(source, destination, 2)
 
 
 def test_no_checkpoint(tmp_path):
@@ -157,12 +165,16 @@ def test_missing_unknown_and_duplicate_tensors(folder):
     tensors = load_file(folder / "model.safetensors")
     lost = tensors.pop("model.layers.1.self_attn.k_proj.weight")
     save_file({**tensors, "model.layers.1.self_attn.key.weight": lost}, folder / "model.safetensors")
-    refused(folder, "layout 'llama' does not know the tensor 'model.layers.1.self_attn.key.weight'")
+    refused(folder, "/in: layout 'llama' does not know the tensor 'model.layers.1.self_attn.key.weight'")
     tensors["model.layers.1.self_attn.k_proj.weight"] = lost
     save_file({**tensors, "lm_head.bias": torch.ones(3)}, folder / "model.safetensors")
     refused(folder, r"lm_head\.bias of rank 0 .*should measure 50")
     save_file({**tensors, "norm.weight": torch.ones(16)}, folder / "model.safetensors")
-    refused(folder, "norm.weight is in the checkpoint twice, or under two names")
+    refused(folder, "/in: .*norm.weight is in the checkpoint twice, or under two names")
+    tensors["model.layers.1.self_attn.k_proj.weight"] = lost.float()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"qkv_weight of .*/in is torch\.bfloat16 and torch\.float32 on different"):
+        reshard(folder, folder.with_name("out"), 2)
 
 
 def test_pickles_are_refused(folder):
@@ -282,6 +294,11 @@ def test_megatron_ranks(tmp_path):
     (tmp_path / "in" / "mp_rank_00_000").mkdir()
     (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_text("5")
     refused(tmp_path / "in", "iter_0000005 is missing, which latest_checkpointed_iteration.txt says is the newest")
+    for said in (b"", b"../..", b"/"):
+        (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_bytes(said)
+        refused(tmp_path / "in", r"in/latest_checkpointed_iteration\.txt says '.*'; it should be the newest iteration")
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    refused(tmp_path / "in", "is missing, which latest_checkpointed_iteration.txt says is the newest")
     (tmp_path / "in" / "latest_checkpointed_iteration.txt").unlink()
     refused(tmp_path / "in", "mp_rank_00_000 is a part of a model cut over pipeline stages or experts")
 
@@ -292,6 +309,9 @@ def test_megatron_versions(tmp_path):
     refused(tmp_path / "in", r"checkpoint version 4\.0; known: 0, 1\.0, 2\.0, 3\.0 \(0: no version in it\)")
     resave(files[1], lambda state: state.update(checkpoint_version=2.0))
     refused(tmp_path / "in", r"has ranks of checkpoint versions \[2\.0, 4\.0\]")
+    for version in ("3.0", True, None, [3]):
+        resave(files[1], lambda state, version=version: state.update(checkpoint_version=version))
+        refused(tmp_path / "in", f"/in: checkpoint_version is {re.escape(repr(version))}; known: 0, 1.0")
     for file in files:
         resave(file, lambda state: state.update(checkpoint_version=1.0, args=argparse.Namespace(swiglu=True)))
     refused(tmp_path / "in", "no layout 'megatron-1.0-gated' ships for checkpoint version 1.0")
@@ -324,6 +344,24 @@ def test_megatrons_own_numbers(tmp_path):
         refused(tmp_path / "in", f"24 rows of vocabulary on 2 ranks; {real!r} cannot be real")
 
 
+def test_a_copy_of_another_rank(folder, tmp_path):
+    tiny_megatron.write(tmp_path / "megatron", 4)
+    ranks = [tmp_path / "megatron" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt" for rank in range(4)]
+    shutil.copy(ranks[1], ranks[3])
+    refused(tmp_path / "megatron", "/megatron has the same weights on ranks 1 and 3, .* copy the right one again")
+    reshard(folder, tmp_path / "ds", 2, format="deepspeed")
+    shutil.copy(tmp_path / "ds" / "tp_00_00.pt", tmp_path / "ds" / "tp_01_00.pt")
+    refused(tmp_path / "ds", "has the same weights on ranks 0 and 1")
+
+
+def test_weights_that_were_never_trained(folder, tmp_path):
+    tensors = {name: torch.ones_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    reshard(folder, tmp_path / "constant", 2)
+    assert open_checkpoint(tmp_path / "constant").plan.tp == 2
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_files_of_torch(folder):
     """Whatever torch's reading makes of them, the error is one line with the file's name, and no other kind."""
     tensors = load_file(folder / "model.safetensors")
@@ -395,6 +433,12 @@ def test_deepspeed_json(folder):
         ({"checkpoints": ["tp_00_00.pt", "tp_00_00.pt"]}, "tp_00_00.pt twice; each rank has its own"),
         ({"tp_size": "2"}, "is for '2' ranks"),
         ({"tp_size": -1}, "is for -1 ranks"),
+        ({"tp_size": True}, "is for True ranks"),
+        ({"base_dir": 3}, r"ds_inference_config\.json has base_dir 3, which is no folder's name"),
+        ({"layout": 3}, r"ds_inference_config\.json: the checkpoint's own layout is no layout: it is no JSON object"),
+        ({"layout": {"rules": []}}, r"ds_inference_config\.json: the checkpoint's own layout .* lacks 'name'"),
+        ({"layout": "zz"}, r"ds_inference_config\.json: unknown layout 'zz'; known: llama"),
+        ({"type": "Megatron", "checkpoints": ["non-tp.pt"], "tp_size": 1, "version": [3]}, r"is of version \[3\]; kn"),
         ({"parallelization": "zz"}, "parallelization 'zz'; known: pp, tp"),
         ({"tp_size": 3}, "lists 2 files for 3 ranks"),
         ({"layout": "deepspeed-merged"}, r"inter_w .*should measure|mlp\.in_weight"),
@@ -403,7 +447,7 @@ def test_deepspeed_json(folder):
         ({"type": "Megatron", "checkpoints": ["non-tp.pt"], "tp_size": 1}, "weights under one of 'model' and 'module'"),
     ):
         edit(file, **changes)
-        if changes.get("layout"):
+        if changes.get("layout") == "deepspeed-merged":
             with pytest.raises(ValueError, match=match):
                 reshard(ds, folder.with_name("out"), 1)
         else:

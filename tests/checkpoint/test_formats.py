@@ -12,7 +12,7 @@ import tiny_megatron
 import torch
 from safetensors.torch import load_file, save_file
 
-from tp_attention.checkpoint import load_rank, reshard
+from tp_attention.checkpoint import iter_tensors, load_rank, reshard
 from tp_attention.checkpoint.families import find
 from tp_attention.checkpoint.formats import hugging_face, lay_out, legal_tp, open_checkpoint
 from tp_attention.checkpoint.formats.native import MANIFEST
@@ -39,6 +39,19 @@ def maps(path):
 
 
 # Hugging Face
+
+
+def test_parameters_and_lazy_conjugates(tmp_path):
+    """What a .bin may hold beside tensors that are simply their bits."""
+    tensors = tiny_llama.write(tmp_path / "in")
+    frequencies = torch.randn(2, dtype=torch.complex64)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    held = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    torch.save({**held, name: frequencies.conj()}, tmp_path / "in" / "pytorch_model.bin")
+    (tmp_path / "in" / "model.safetensors").unlink()
+    reshard(tmp_path / "in", tmp_path / "out", 2, verify=True)
+    (ours,) = (tensor for key, tensor in iter_tensors(tmp_path / "out") if key.endswith("inv_freq"))
+    assert torch.equal(torch.view_as_real(ours), torch.view_as_real(frequencies.conj().resolve_conj()))
 
 
 @pytest.mark.parametrize("pickled", [False, True])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_llama
@@ -134,6 +135,17 @@ def test_load_rank_gives_what_the_rank_file_holds(source, tmp_path, cut):
     plan = open_checkpoint(tmp_path / "wanted").plan
     for rank in range(5):
         assert tiny_llama.bits(load_rank(path, plan, rank)) == tiny_llama.bits(_rank(tmp_path / "wanted", rank))
+
+
+def test_the_readmes_lines(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source.rename("IN")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = {"name": None, "tensor": None}
+    exec(next(block for block in readme.split("```python\n") if "load_rank" in block).split("```")[0], lines)
+    reshard("IN", "wanted", 3)
+    assert tiny_llama.bits(lines["tensors"]) == tiny_llama.bits(_rank(tmp_path / "wanted", 0))
+    assert lines["name"] in dict(iter_tensors("OUT"))
 
 
 def test_load_rank_refuses_a_plan_of_another_model(source):

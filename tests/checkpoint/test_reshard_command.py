@@ -35,6 +35,18 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
+def test_an_empty_path_is_not_the_current_folder(run, source, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = run("reshard", source, "", "--tp", 2)
+    assert code == 1 and "and destination '' must both be paths, not empty" in err
+    monkeypatch.chdir(source)
+    for args in (("reshard", "", tmp_path / "out", "--tp", 2), ("inspect", "")):
+        code, _, err = run(*args)
+        assert code == 1 and "empty" in err and len(err.splitlines()) == 1
+    assert not any((tmp_path / "empty").iterdir()) and not (tmp_path / "out").exists()
+
+
 def test_reshard_says_what_it_wrote(run, source, tmp_path):
     code, out, err = run("reshard", source, tmp_path / "cut", "--tp", 3, "--verify", "--verify-forward")
     assert (code, err) == (0, "")

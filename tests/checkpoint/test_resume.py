@@ -159,6 +159,20 @@ def test_what_a_kill_left_beside_a_finished_file_is_removed(tmp_path, monkeypatc
     assert not list((tmp_path / "out").glob("*.pt.*"))
 
 
+def test_a_kill_between_the_renaming_and_the_journals_end(tmp_path, monkeypatch):
+    tiny_llama.write(tmp_path / "source")
+    reshard(tmp_path / "source", tmp_path / "whole", 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal, "tidy", interrupt)
+        reshard(tmp_path / "source", tmp_path / "out", 3)
+    assert (tmp_path / "out" / journal.NAME).exists()
+    for dry_run in (True, False):  # there is nothing to go on with but the journal, which a dry run leaves too
+        with pytest.raises(ValueError, match="out exists and is not an empty folder"):
+            reshard(tmp_path / "source", tmp_path / "out", 3, dry_run=dry_run)
+        assert (tmp_path / "out" / journal.NAME).exists() == dry_run
+    assert tiny_llama.files_of(tmp_path / "out") == tiny_llama.files_of(tmp_path / "whole")
+
+
 def test_a_file_that_is_gone_or_short_is_written_again(interrupted):
     files = sorted((interrupted / "out.partial").glob("rank-*"))
     left = files[2].stat().st_size

@@ -23,7 +23,8 @@ __all__ = ["Inspection", "Report", "inspect", "iter_tensors", "load_rank", "open
 def load_rank(path: str | Path, plan: ShardPlan, rank: int, **options: Any) -> dict[str, Tensor]:
     """`rank`'s share of every tensor under `plan`, by our names and in our packing, as TPSelfAttention holds it.
 
-    path: a checkpoint of any format, cut for any number of ranks. options: open_checkpoint's.
+    path: a checkpoint of any format, cut for any number of ranks. plan: replace(open_checkpoint(path).plan, tp=…), say;
+    that of a foreign format has mlp_unit=1, where reshard cuts MLPs by 16. options: open_checkpoint's.
     Raises ValueError when the plan is of a model of another size, or cuts a quantisation group.
     """
     logical = LogicalTensors(open_checkpoint(path, **options))

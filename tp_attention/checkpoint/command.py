@@ -16,7 +16,9 @@ from tp_attention.checkpoint.reshard import Report, reshard
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def run_reshard(source: Path, destination: Path, tp: int, quiet: bool, max_memory: str | None, **options: Any) -> None:
+def run_reshard(
+    source: str | Path, destination: str | Path, tp: int, quiet: bool, max_memory: str | None, **options: Any
+) -> None:
     """Reshard with a progress bar on a terminal, then say what was written."""
     memory = None if max_memory is None else parse_bytes(max_memory)
     with _bar(quiet or options["dry_run"]) as progress:
@@ -25,7 +27,7 @@ def run_reshard(source: Path, destination: Path, tp: int, quiet: bool, max_memor
         print(describe_report(report))
 
 
-def run_inspect(path: Path, tp: int | None, tensors: bool, **options: Any) -> None:
+def run_inspect(path: str | Path, tp: int | None, tensors: bool, **options: Any) -> None:
     """Print what a checkpoint is."""
     print(describe_inspection(inspect(path, tp, **options), tensors))
 

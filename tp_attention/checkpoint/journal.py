@@ -95,7 +95,7 @@ class Journal:
         """Make the folder the destination. Raises OSError when that exists and is not empty."""
         os.rename(self.folder, destination)
         sync_folder(destination.parent)
-        (destination / NAME).unlink()
+        tidy(destination)
         self.close()
 
     def close(self) -> None:
@@ -105,6 +105,11 @@ class Journal:
     def _append(self, lines: Iterable[Any]) -> None:
         write_all(self._descriptor, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         sync_data(self._descriptor)
+
+
+def tidy(destination: Path) -> None:
+    """Remove the journal from a whole destination: a run may have been killed just after it had renamed it."""
+    (destination / NAME).unlink(missing_ok=True)
 
 
 def write_all(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:

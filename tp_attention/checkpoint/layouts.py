@@ -131,15 +131,16 @@ def from_json(path: Path) -> Layout:
     """
     try:
         return from_data(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is no layout: {what}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no layout: {error}") from None
 
 
 def from_data(data: dict[str, Any]) -> Layout:
-    """The layout in a parsed JSON file. Raises KeyError, TypeError or ValueError when it is none."""
+    """The layout in a parsed JSON file. Raises ValueError when it is none."""
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")
+    if not isinstance(data.get("name"), str):
+        raise ValueError("it lacks 'name', a text")
     extra = data.get("extra", [])
     if not isinstance(extra, list) or not all(isinstance(pattern, str) for pattern in extra):
         raise ValueError(f"extra {extra!r} is no list of patterns")
@@ -147,9 +148,10 @@ def from_data(data: dict[str, Any]) -> Layout:
         list(map(re.compile, extra))
     except re.error as error:
         raise ValueError(f"extra {error.pattern!r} is no pattern: {error}") from None
-    if not isinstance(data["rules"], list) or not all(isinstance(rule, dict) for rule in data["rules"]):
-        raise ValueError("rules is no list of objects")
-    return Layout(str(data["name"]), tuple(map(_rule, data["rules"])), tuple(extra))
+    rules = data.get("rules")
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise ValueError("it lacks 'rules', a list of objects")
+    return Layout(data["name"], tuple(map(_rule, rules)), tuple(extra))
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
@@ -175,6 +177,10 @@ def _rule(data: dict[str, Any]) -> Rule:
             raise ValueError(f"unknown key {key!r} in a rule; known: {', '.join(sorted(kinds))}")
         if type(value) is not kinds[key]:  # bool is no int here
             raise ValueError(f"{key} {value!r} of a rule is no {kinds[key].__name__}")
+    if lacking := {"name", "native"} - data.keys():
+        raise ValueError(f"a rule lacks {min(lacking)!r}")
+    if not all(isinstance(part, str) for part in data.get("parts", [])):
+        raise ValueError(f"parts {data['parts']!r} of a rule is no list of names")
     for template in (data["name"], data["native"]):
         _pattern(template)
     if not _NATIVE.fullmatch(data["native"].removesuffix(SCALE)):

@@ -113,7 +113,8 @@ class LogicalTensors:
         """Its dtype. Raises ValueError when its holders disagree."""
         dtypes = {tensor.dtype for _, tensor in self.sources(native)}
         if len(dtypes) > 1:
-            raise ValueError(f"{native} is {' and '.join(sorted(map(str, dtypes)))} on different ranks or parts")
+            said = " and ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"{native} of {self.checkpoint.path} is {said} on different ranks or parts")
         return dtypes.pop()
 
     def shape(self, native: str, packing: Packing, plan: ShardPlan, rank: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from tp_attention.checkpoint.families import find
 from tp_attention.checkpoint.formats import lay_out, legal_tp, open_checkpoint
 from tp_attention.checkpoint.formats.native import MANIFEST as NATIVE_MANIFEST
 from tp_attention.checkpoint.formats.output import Output, OutputFile
-from tp_attention.checkpoint.journal import Journal
+from tp_attention.checkpoint.journal import Journal, tidy
 from tp_attention.checkpoint.logical import LogicalTensors
 from tp_attention.checkpoint.quantization import Quantized, native_plan
 from tp_attention.checkpoint.verify import MANIFEST, compare, forget_cached, hashes, leaves
@@ -89,8 +89,10 @@ def reshard(
     the disk is full or fails: what is finished stays in DESTINATION.partial, and the same call goes on from there.
     """
     started = time.monotonic()
+    if not (str(source) and str(destination)):
+        raise ValueError(f"source {str(source)!r} and destination {str(destination)!r} must both be paths, not empty")
     source, destination = Path(source).expanduser().resolve(), Path(destination).expanduser().resolve()
-    _check_paths(source, destination)
+    _check_paths(source, destination, dry_run)
     checkpoint = open_checkpoint(source, layout=layout, heads=heads, kv_heads=kv_heads, allow_pickle=allow_pickle)
     logical = LogicalTensors(checkpoint)
     if quantize or requantize:
@@ -147,9 +149,11 @@ def reshard(
     return report
 
 
-def _check_paths(source: Path, destination: Path) -> None:
+def _check_paths(source: Path, destination: Path, dry_run: bool) -> None:
     if source == destination or source in destination.parents or destination in source.parents:
         raise ValueError(f"{destination} and the source {source} lie in one another; write elsewhere")
+    if not dry_run and any((destination / name).is_file() for name in (NATIVE_MANIFEST, MANIFEST)):
+        tidy(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty folder; remove it or write elsewhere")
 

@@ -33,6 +33,8 @@ def open_checkpoint(
     Tensors are memory-mapped (GGUF's are not). Raises ValueError when there is no checkpoint, or something is missing,
     broken or not known.
     """
+    if not str(path):
+        raise ValueError("an empty path names no checkpoint; pass a folder or a file")
     path = Path(path).expanduser()
     try:
         checkpoint = _open(path, layout, heads, kv_heads, allow_pickle)

@@ -1,13 +1,18 @@
-"""Whether an opened checkpoint holds a whole model of its sizes: seen in headers, before anything is done with it."""
+"""Whether an opened checkpoint holds a whole model of its sizes: seen before anything is done with it.
+
+Headers show nearly all of it; of weights a few rows are read, which tell ranks apart.
+"""
 
 from __future__ import annotations
 
 import re
 
+from torch import Tensor
+
 from tp_attention.checkpoint.formats.opened import Opened
 from tp_attention.checkpoint.layouts import SCALE, Layout
 from tp_attention.checkpoint.logical import LogicalTensors
-from tp_attention.checkpoint.packing import WHOLE, pieces
+from tp_attention.checkpoint.packing import WHOLE, pieces, same_bits
 
 # What every model has, where its layout has a name for it. All else depends on the model: biases, other norms, a head.
 _NEEDED = re.compile(r"(embedding|norm|.*\.attention_norm)\.weight|layers\..*\.(qkv|in|out)_weight")
@@ -17,7 +22,7 @@ Part = tuple[str, str]  # our name, and which part of it
 
 
 def check(checkpoint: Opened) -> None:
-    """Raises ValueError naming what the checkpoint lacks, or a tensor whose shape does not fit its plan."""
+    """Raises ValueError naming what the checkpoint lacks, a tensor whose shape does not fit, or ranks that are one."""
     logical, path, count = LogicalTensors(checkpoint), checkpoint.path, checkpoint.plan.layers
     layers: dict[int, set[Part]] = {layer: set() for layer in range(count)}
     around: set[Part] = set()
@@ -35,6 +40,7 @@ def check(checkpoint: Opened) -> None:
         some = ", ".join(name if part == "whole" else f"{name} ({part})" for name, part in lacking[:5])
         raise ValueError(f"{path} lacks {len(lacking)} parts of its model: {some}; download or copy it again")
     _check_shapes(checkpoint)
+    _check_ranks(checkpoint)
 
 
 def _needed(layout: Layout) -> tuple[set[Part], set[Part]]:
@@ -74,3 +80,25 @@ def _check_shapes(checkpoint: Opened) -> None:
                     f"{name} of rank {rank} of {checkpoint.path} has shape {list(tensor.shape)}, which does not fit "
                     f"hidden_size={hidden}"
                 )
+
+
+def _check_ranks(checkpoint: Opened) -> None:
+    """A rank's file in place of another's has the same names and shapes; that nothing in it differs gives it away."""
+    if checkpoint.plan.tp == 1:
+        return
+    matches = {name: checkpoint.layout.match(name) for name in checkpoint.names(0)}
+    # Of layers: DeepSpeed's ranks read their rows of the vocabulary in one file.
+    cut = [name for name, match in matches.items() if _LAYER.fullmatch(match.native) and match.packing != WHOLE]
+    rows = [{name: tensors[name][:16] for name in cut if name in tensors} for tensors in checkpoint.ranks]
+    for rank, own in enumerate(rows):
+        for other, others in enumerate(rows[:rank]):
+            if any(map(_varies, own.values())) and all(same_bits(own[name], others[name]) for name in own):
+                raise ValueError(
+                    f"{checkpoint.path} has the same weights on ranks {other} and {rank}, which should hold different "
+                    "ones: a file is a copy of the other; copy the right one again"
+                )
+
+
+def _varies(rows: Tensor) -> bool:
+    """Not of one value throughout, like the weights of a model that was never trained."""
+    return rows.numel() > 0 and not same_bits(rows, rows.flatten()[0].expand(rows.shape))

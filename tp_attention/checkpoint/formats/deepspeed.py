@@ -57,6 +57,8 @@ def open_json(
         if tp != len(cut):
             raise ValueError(f"{path} lists {len(cut)} files for mp_size={tp}; there must be one a rank")
         version = said.get("version")
+        if version is not None and type(version) not in (int, float):
+            raise ValueError(f"{path} is of version {version!r}; known: {', '.join(map(str, megatron.VERSIONS))}")
         opened = megatron.open_ranks(
             path, cut, layout, heads, kv_heads, allow_pickle, format="deepspeed", version=version
         )
@@ -73,13 +75,19 @@ def open_json(
         raise ValueError(f"{path} lists {len(cut)} files for {tp} ranks, no multiple; copy the others too")
     # The files of one part of the model follow one another, rank by rank.
     ranks = [{file: loaded[file] for file in (*cut[rank::tp], *shared)} for rank in range(tp)]
-    opened = _cut_model(path, ranks, layout or said.get("layout"), heads, kv_heads)
+    try:
+        chosen = find(layout) if layout else layout_named(said["layout"]) if "layout" in said else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    opened = _cut_model(path, ranks, chosen, heads, kv_heads)
     return replace(opened, files=(path, *loaded), metadata={"deepspeed": kind})
 
 
 def _listed(path: Path, said: dict[str, Any]) -> tuple[list[Path], list[Path], int]:
     """The files that are cut, those that are not, and the number of ranks that a checkpoint's JSON speaks of."""
-    base = path.parent / str(said.get("base_dir") or "")
+    if not isinstance(folder := said.get("base_dir") or "", str):
+        raise ValueError(f"{path} has base_dir {folder!r}, which is no folder's name")
+    base = path.parent / folder
     listed = said.get("checkpoints")
     by_kind: dict[str, Any] = listed if isinstance(listed, dict) else {"tp": listed}
     names: list[Any] = [by_kind.get("tp"), by_kind.get("non_tp", [])]
@@ -91,7 +99,7 @@ def _listed(path: Path, said: dict[str, Any]) -> tuple[list[Path], list[Path], i
     if twice := [str(file) for file in cut if cut.count(file) > 1]:
         raise ValueError(f"{path} lists {twice[0]} twice; each rank has its own")
     tp = said.get("mp_size") or said.get("tp_size") or len(cut)
-    if not isinstance(tp, int) or tp < 1:
+    if type(tp) is not int or tp < 1:  # nor True
         raise ValueError(f"{path} is for {tp!r} ranks; it should be a number, at least 1")
     return cut, shared, tp
 
@@ -108,20 +116,17 @@ def _whole_model(path: Path, loaded: Mapping[Path, dict[str, Any]], layout: str 
 def _cut_model(
     path: Path,
     loaded: Sequence[Mapping[Path, dict[str, Any]]],
-    layout: str | Path | dict[str, Any] | None,
+    layout: Layout | None,
     heads: int | None,
     kv_heads: int | None,
 ) -> Opened:
-    """A checkpoint cut over ranks. loaded: what each rank's files hold. layout: a name, a file, or what is in one."""
+    """A checkpoint cut over ranks. loaded: what each rank's files hold."""
     pairs = [{file: _in_pairs(held) for file, held in mine.items()} for mine in loaded]
     ranks = [Joined({file: tensors_alone(file, held) for file, (held, _) in mine.items()}) for mine in pairs]
     scales = [{name: scale for _, found in mine.values() for name, scale in found.items()} for mine in pairs]
     config_file = path.parent / "config.json"
     config = read_json(config_file) if config_file.is_file() else None
-    if layout is None:
-        chosen = _own_layout(ranks[0], config)
-    else:
-        chosen = find(layout) if isinstance(layout, Path) else layout_named(layout)
+    chosen = layout or _own_layout(ranks[0], config)
     if any(scales):
         chosen = _out_by_in(path, ranks, scales, chosen)
     uncut = frozenset(name for name in ranks[0] if not chosen.match(name).native.startswith("layers."))

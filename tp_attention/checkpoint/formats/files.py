@@ -155,11 +155,14 @@ def tensors_alone(path: Path, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def plain(tensor: Tensor, name: str) -> Tensor:
-    """`tensor` without autograd. Raises ValueError for one that is sparse, quantised by torch, or has no numbers."""
+    """`tensor` without autograd, and conjugated where it says that it is to be.
+
+    Raises ValueError for one that is sparse, quantised by torch, or has no numbers.
+    """
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "quantised by torch" if tensor.is_quantized else "on meta" if tensor.is_meta else str(tensor.layout)
         raise ValueError(f"{name} is {kind}; save it as a dense tensor")
-    return tensor.detach()
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _cause(error: Exception) -> str:

@@ -42,12 +42,7 @@ def open_gguf(path: Path, layout: str | Path | None = None) -> Opened:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    except (
-        ValueError,
-        IndexError,
-        OSError,
-        struct.error,
-    ) as error:  # of gguf's reader, past the end of a truncated file
+    except (ValueError, IndexError, OSError, struct.error) as error:  # gguf's reader, past a truncated file's end
         raise ValueError(f"{path} cannot be read as GGUF: {str(error).splitlines()[0]}") from None
     if missing := sorted(dict(model.named_parameters()).keys() - tensors.keys() - model.all_tied_weights_keys.keys()):
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}")

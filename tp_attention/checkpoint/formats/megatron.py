@@ -48,6 +48,8 @@ def rank_files(folder: Path) -> list[Path]:
     """
     if (folder / TRACKER).is_file():
         said = (folder / TRACKER).read_text(errors="replace").strip()
+        if not said or Path(said).name != said:
+            raise ValueError(f"{folder / TRACKER} says {said!r}; it should be the newest iteration, or release")
         folder = folder / (f"iter_{int(said):07d}" if said.isdecimal() else said)
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing, which {TRACKER} says is the newest; copy it too")
@@ -145,7 +147,7 @@ def _weights_key(state: dict[str, Any], file: Path) -> str:
 
 def _version(state: dict[str, Any]) -> float:
     version = state.get("checkpoint_version", 0)
-    if not isinstance(version, int | float):
+    if type(version) not in (int, float):  # nor bool, which is an int
         raise ValueError(f"checkpoint_version is {version!r}; known: {', '.join(map(str, VERSIONS))}")
     return version
 

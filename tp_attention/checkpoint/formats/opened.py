@@ -112,10 +112,12 @@ def name_of(layout: Layout) -> str | dict[str, Any]:
 
 def layout_named(name: str | dict[str, Any]) -> Layout:
     """The layout that `name_of` named. Raises ValueError when no layout of that name ships, or it is none."""
+    if isinstance(name, str):
+        return find(name)
     try:
-        return find(name) if isinstance(name, str) else from_data(name)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the checkpoint's own layout is broken: {error!r} is wrong with it") from None
+        return from_data(name)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint's own layout is no layout: {error}") from None
 
 
 def source_hash(files: Iterable[Path]) -> str:
