@@ -34,7 +34,7 @@ def attention(causal: bool) -> Mapping[str, Prepare]:
         "flash-attn-3": _flash_attn("flash_attn_interface", causal),
         "flash-attn-4": _flash_attn("flash_attn.cute", causal),
         "deepspeed": _deepspeed_flash(causal),
-        "ours hopper": _hopper(causal),
+        "ours general": _general(causal),
     }
 
 
@@ -155,17 +155,19 @@ def _flash_attn(module: str, causal: bool) -> Prepare:
     return prepare
 
 
-def _hopper(causal: bool) -> Prepare:
-    """Our own kernel for Hopper, whether or not `functional.attention` chooses it."""
+def _general(causal: bool) -> Prepare:
+    """Our own kernel for every GPU, also where `functional.attention` chooses Hopper's."""
 
     def prepare(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        from tp_attention.kernels import configs
+        if not q.is_cuda:
+            raise Unavailable("ours general is left out: the tensors are on no GPU")
+        from tp_attention.kernels import configs, flash_prefill
 
-        if configs.architecture(q.device) != 90:
-            raise Unavailable("ours hopper is left out: this is no Hopper GPU")
-        run = _from("tp_attention.kernels.flash_prefill_hopper", "flash_attention_hopper")
-        scale, group_size = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
-        return lambda: run(q, k, v, scale=scale, causal=causal, group_size=group_size)[0]
+        block_d = 1 << (q.shape[3] - 1).bit_length()
+        key = configs.architecture(q.device), block_d, q.element_size(), "edge" if causal else "full"
+        config = configs.choose("flash_prefill", flash_prefill.CONFIGS, key)
+        reach = (None, 0) if causal else (None, None)
+        return lambda: flash_prefill.flash_attention(q, k, v, reach=reach, config=config)[0]
 
     return prepare
 
