@@ -16,7 +16,8 @@ from tp_attention import reference
 from tp_attention.kernels import configs, flash_prefill
 from tp_attention.kernels import flash_prefill_hopper as hopper
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+# Compiled and run only once it is trusted: a fault in such a kernel hangs the GPU.
+HOPPER = flash_prefill.HOPPER_PROVEN and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if HOPPER else "cpu"
 PROGRAMS = 3  # on the CPU: few enough that each goes through several tiles
 
