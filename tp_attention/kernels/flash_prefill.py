@@ -239,8 +239,8 @@ def flash_prefill_kernel(
         tl.store(p_lse + b64 * stride_lb + h64 * stride_lh + row64 + o_m, b_lse, mask=m_t)
 
 
-# Whether tests/kernels/test_flash_prefill_hopper.py has passed on a GPU as that kernel stands, which it runs on one only
-# where this says True; False: that kernel has been emulated alone.
+# Whether tests/kernels/test_flash_prefill_hopper.py has passed on a GPU as that kernel stands; it runs on one only
+# where this says True. False: that kernel has only been emulated.
 HOPPER_PROVEN = False
 HOPPER_KEYS, HOPPER_ROWS = 256, 64  # less is done sooner by small tiles
 HOPPER_HEAD_DIMS = (64, 128, 256)
