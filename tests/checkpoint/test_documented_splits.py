@@ -5,7 +5,7 @@ That is: a fused projection, their split of what it gives, and fp64 attention; e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,17 +20,9 @@ from tp_attention.config import AttentionConfig, RopeConfig
 from tp_attention.reference import attention as reference_attention
 from tp_attention.sharding import ShardPlan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For matrices this small the threads' barriers would be most of the time."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 D = 4  # head dim of what follows

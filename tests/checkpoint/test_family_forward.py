@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +18,9 @@ from tp_attention.checkpoint.dimensions import from_config, layout_of
 from tp_attention.checkpoint.logical import Checkpoint, LogicalTensors, StateDict
 from tp_attention.config import AttentionConfig, RopeConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For matrices this small the threads' barriers would be most of the time."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SIZES: dict[str, Any] = {"vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

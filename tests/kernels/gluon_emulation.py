@@ -240,7 +240,9 @@ def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *
         except BaseException as error:  # of any kind: it is raised again by the thread that waits for this one
             program.fail(error)
 
-    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+    threads = [
+        threading.Thread(target=run, args=partition, name=f"partition {i}") for i, partition in enumerate(partitions)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -298,7 +300,7 @@ _LANGUAGE = SimpleNamespace(
         ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"), lambda *_, **__: None
     ),
 )
-_HARDWARE = {
+HARDWARE = {
     "gl": _LANGUAGE,
     "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product(a, b, acc if use_acc else None),
     "warpgroup_mma_wait": _wait_products,
@@ -324,7 +326,7 @@ def emulated(kernel: Any) -> Callable[..., None]:
             names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
         elif hasattr(value, "value") and type(value).__name__ == "constexpr":
             names[name] = value.value
-    names |= _HARDWARE
+    names |= HARDWARE
     function = names[kernel.fn.__name__]
 
     def run(programs: int, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:

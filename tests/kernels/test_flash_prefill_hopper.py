@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is built for Linux alone")
 
 from tests.kernels import gluon_emulation
-from tests.kernels.gluon_emulation import Barrier, emulated
+from tests.kernels.gluon_emulation import HARDWARE, Barrier, emulated
 from tests.tolerances import TOLERANCE, error_of
 from tp_attention import reference
 from tp_attention.kernels import configs, flash_prefill
@@ -146,6 +148,9 @@ def test_who_takes_what(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any],
     assert flash_prefill.hopper_obstacle(q, k, **asked) == why
 
 
+THREE = hopper.Config(3, 128, 3, turns=False, ahead=True)  # consumers
+
+
 class TestEmulation:
     """The protocol broken on purpose: the emulation must notice, or it proves nothing."""
 
@@ -166,11 +171,17 @@ class TestEmulation:
             check(1, 2, 2, 300, 300, 64, False)
 
     def test_a_buffer_freed_too_early(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        free = Barrier.init  # every buffer is free as soon as one consumer is done with it
-        monkeypatch.setattr(Barrier, "init", lambda self, count: free(self, 1))
+        init, wait = Barrier.init, HARDWARE["warpgroup_mma_wait"]
+
+        def slow(*args: Any, **keywords: Any) -> Any:
+            if threading.current_thread().name == "partition 1":
+                time.sleep(0.5)  # its operands are still needed, while its neighbour goes on
+            return wait(*args, **keywords)
+
+        monkeypatch.setattr(Barrier, "init", lambda self, count: init(self, 1))  # free once one consumer is done
+        monkeypatch.setitem(HARDWARE, "warpgroup_mma_wait", slow)
         with pytest.raises(RuntimeError, match=r"was overwritten|nothing was loaded to|deadlock|another partition"):
-            for _ in range(5):
-                check(1, 2, 2, 600, 600, 64, True)
+            check(1, 1, 1, 576, 1000, 64, True, config=THREE)
 
     def test_blocks_passed_over_unwaited(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def skip(ring: Any, step: int, count: int, *_: Any) -> int:
@@ -179,7 +190,18 @@ class TestEmulation:
                     free.index((step + i) % len(free.barriers)).arrive(1)
             return step + count
 
+        load = HARDWARE["tma"].async_copy_global_to_shared
+        late: list[threading.Timer] = []
+
+        def late_first(*args: Any) -> None:
+            if late:
+                load(*args)
+            else:  # the block that the first consumer passes over
+                late.append(threading.Timer(1.0, load, args))
+                late[0].start()
+
         monkeypatch.setattr(hopper._skip, "fn", skip)
-        with pytest.raises((RuntimeError, AssertionError)):
-            for _ in range(10):
-                check(1, 3, 3, 450, 1000, 64, True, config=hopper.Config(3, 128, 3, False, True))
+        monkeypatch.setattr(HARDWARE["tma"], "async_copy_global_to_shared", late_first)
+        with pytest.raises(RuntimeError, match=r"nothing was loaded to|more arrivals"):
+            check(1, 1, 1, 576, 1000, 64, True, config=THREE)
+        late[0].join()  # no thread of torch may outlive the interpreter

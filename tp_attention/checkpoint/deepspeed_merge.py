@@ -18,7 +18,6 @@ from torch import Tensor
 from tp_attention.checkpoint.deepspeed_int8 import PARALLEL, by_rows, group_scales, quantize_runs, runs_and_parts
 from tp_attention.checkpoint.layouts import SCALE, Layout, Rule
 from tp_attention.checkpoint.logical import Checkpoint, LogicalTensors
-from tp_attention.checkpoint.packing import Packing
 from tp_attention.sharding import ShardPlan
 
 # The order of DeepSpeed's scales of a layer.
@@ -56,16 +55,16 @@ def merge_for_deepspeed(
         native, packing = found.native, found.packing
         match = _NATIVE.fullmatch(native)
         if q_groups is None or match is None:
-            tensors[name] = _share(logical, native, packing, target, rank)
+            tensors[name] = logical.share(native, target, rank, packing)
             continue
         if logical.parts(native) - set(packing.parts):
             raise ValueError(f"DeepSpeed has one scale row for all of {native}; {name} holds a part of it, merge these")
         row = _ROWS.index(match["weight"])
         flat = replace(packing, transposed=False)
         if packing.dim == 0:
-            shares = [_share(logical, native, flat, target, rank)]
+            shares = [logical.share(native, target, rank, flat)]
         else:
-            shares = [_share(logical, native, flat, plan, source) for source in merged]
+            shares = [logical.share(native, plan, source, flat) for source in merged]
         groups, parts = runs_and_parts(_q_groups(q_groups, row, mlp_extra_grouping), len(merged), packing.dim)
         pairs = [quantize_runs(share, groups, native) for share in shares]
         weight = torch.cat([part for part, _ in pairs], dim=1)
@@ -196,11 +195,6 @@ def _stacked(scales: Mapping[tuple[int, int], Tensor]) -> Tensor:
     for (layer, row), scale in scales.items():
         stacked[layer, row, : len(scale)] = scale
     return stacked
-
-
-def _share(logical: LogicalTensors, native: str, packing: Packing, plan: ShardPlan, rank: int) -> Tensor:
-    out = torch.empty(logical.shape(native, packing, plan, rank), dtype=logical.dtype(native))
-    return logical.fill(out, native, packing, plan, rank)
 
 
 def _scale_rules(layout: Layout, divisors: Mapping[str, int]) -> list[Rule]:

@@ -142,9 +142,9 @@ class LogicalTensors:
             raise ValueError(f"{native} of {self.checkpoint.path}: {error}") from None
         return out
 
-    def share(self, native: str, plan: ShardPlan, rank: int) -> Tensor:
-        """`rank`'s share in our own packing, as a new tensor."""
-        packing = self.packing(native)
+    def share(self, native: str, plan: ShardPlan, rank: int, packing: Packing | None = None) -> Tensor:
+        """`rank`'s share as a new tensor, in `packing`; None is our own."""
+        packing = packing or self.packing(native)
         out = torch.empty(self.shape(native, packing, plan, rank), dtype=self.dtype(native))
         return self.fill(out, native, packing, plan, rank)
 

@@ -83,6 +83,15 @@ def _turn(operation: gl.constexpr, consumer: gl.constexpr, TURNS: gl.constexpr):
 
 
 @gluon.jit
+def _place(i_round):
+    """This program's place in a round: every other one goes backwards, so that all programs end together."""
+    place = gl.program_id(0)
+    if i_round % 2 == 1:
+        place = gl.num_programs(0) - 1 - place
+    return place
+
+
+@gluon.jit
 def _tile(
     i_round, problem, consumer: gl.constexpr, CAUSAL: gl.constexpr, HAS_LENGTHS: gl.constexpr, PACK: gl.constexpr,
     BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -92,10 +101,7 @@ def _tile(
     """
     p_lengths, tokens, keys, heads, tiles, batch_heads, together, q_start, group_size, kv_start = problem
     BLOCK_T: gl.constexpr = CONSUMERS * (ROWS // PACK)
-    place = gl.program_id(0)
-    if i_round % 2 == 1:
-        place = gl.num_programs(0) - 1 - place
-    i_tile = i_round * gl.num_programs(0) + place
+    i_tile = i_round * gl.num_programs(0) + _place(i_round)
     i_set = i_tile // (tiles * together)
     inside = i_tile % (tiles * together)
     in_set = gl.minimum(together, batch_heads - i_set * together)  # the last set has fewer
@@ -409,10 +415,7 @@ def flash_prefill_hopper_kernel(
         mbarrier.init(v_free.index(i), count=CONSUMERS)
 
     rounds = tiles * batch_heads // gl.num_programs(0)
-    place = gl.program_id(0)
-    if rounds % 2 == 1:
-        place = gl.num_programs(0) - 1 - place
-    if place < tiles * batch_heads % gl.num_programs(0):  # the last round is not a full one
+    if _place(rounds) < tiles * batch_heads % gl.num_programs(0):  # the last round is not a full one
         rounds += 1
     problem = (p_lengths, tokens, keys, heads, tiles, batch_heads, together, q_start, group_size, kv_start)
     ring = (s_k, s_v, k_full, k_free, v_full, v_free)
