@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from tests.tolerances import TOLERANCE, error_of
 from tp_attention import reference
 from tp_attention.kernels import configs, flash_prefill
 from tp_attention.kernels import flash_prefill_hopper as hopper
+from tp_attention.kernels import flash_prefill_hopper_kernel as device_code
 
 # Compiled and run only once it is trusted: a fault in such a kernel hangs the GPU.
 HOPPER = flash_prefill.HOPPER_PROVEN and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -64,10 +66,11 @@ CONFIGS = [(key[1], config) for key, config in hopper.CONFIGS.items()]
 
 
 @pytest.mark.parametrize("config", dict.fromkeys(hopper.CONFIGS.values()))
-@pytest.mark.parametrize("causal", (False, True))
-def test_every_configuration(config: hopper.Config, causal: bool) -> None:
+@pytest.mark.parametrize("mask", ("full", "diagonal", "edges"))
+def test_every_configuration(config: hopper.Config, mask: str) -> None:
+    """edges: the first consumer passes over blocks that the second needs, while it has a tile before to finish."""
     head_dim = next(key[1] for key, value in hopper.CONFIGS.items() if value == config)
-    check(1, 4, 2, 300, 300, head_dim, causal, config=config)
+    check(1, 4, 2, 300, 352 if mask == "edges" else 300, head_dim, mask != "full", config=config)
 
 
 SHAPES = {
@@ -97,6 +100,21 @@ if HOPPER:  # too much for the emulation
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str) -> None:
     check(*SHAPES[name])
+
+
+@pytest.mark.parametrize("seed", range(20 if HOPPER else 6))
+def test_any_shape(seed: int) -> None:
+    """Every table entry, at odd lengths that nobody thought of."""
+    draw = random.Random(seed)
+    (_, head_dim, _), config = draw.choice([*hopper.CONFIGS.items()])
+    groups, kv_heads = draw.choice((1, 2, 3, 4)), draw.choice((1, 2, 3))
+    most = 3000 if HOPPER else 500
+    tokens, keys = draw.randint(1, most), draw.randint(1, most)
+    lengths = tuple(draw.randint(1, keys) for _ in range(2)) if draw.random() < 0.3 else ()
+    check(
+        2, groups * kv_heads, kv_heads, tokens, keys, head_dim, draw.random() < 0.8, lengths=lengths,
+        config=config if lengths or draw.random() < 0.5 else None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("head_dim", (64, 128))
@@ -200,7 +218,7 @@ class TestEmulation:
                 late.append(threading.Timer(1.0, load, args))
                 late[0].start()
 
-        monkeypatch.setattr(hopper._skip, "fn", skip)
+        monkeypatch.setattr(device_code._skip, "fn", skip)
         monkeypatch.setattr(HARDWARE["tma"], "async_copy_global_to_shared", late_first)
         with pytest.raises(RuntimeError, match=r"nothing was loaded to|more arrivals"):
             check(1, 1, 1, 576, 1000, 64, True, config=THREE)
