@@ -1,26 +1,23 @@
-"""What the tuner tries: for each kernel family its problems, launched with a given configuration, and its search space.
+"""The problems on which each kernel family's table is tuned; what is tried on them is autotune's.
 
 A problem does not say which entry of the family's table it belongs to: the tuner sees which one the launcher asks for.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import itertools
-import pkgutil
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tp_attention import kernels, masks
+from tp_attention import masks
+from tp_attention.autotune.layer import Launch
+from tp_attention.autotune.spaces import SPACES, Space
+from tp_attention.autotune.spaces import table as table  # with their problems, the families' tables
+from tp_attention.autotune.spaces import tables as tables
 from tp_attention.bench import attention, projections
 from tp_attention.bench.attention import Shape
-
-Launch = Callable[[Any], Any]  # config or None -> result
 
 
 @dataclass(frozen=True)
@@ -32,37 +29,11 @@ class Problem:
     make: Callable[[], Launch]
 
 
-@dataclass(frozen=True)
-class Family:
-    """space: values of the configuration's fields; a field that is not there keeps the value of the table's entry."""
+@dataclass(frozen=True, kw_only=True)
+class Family(Space):
+    """A search space, and the problems on which it is searched."""
 
     problems: Callable[[bool, torch.device], list[Problem]]
-    space: Mapping[str, Sequence[Any]]
-    keep: Callable[[Any], bool] = lambda config: True
-
-    def candidates(self, default: Any) -> Iterator[Any]:
-        """The entry of today first, then all others of the space, shuffled: time may be up before the last ones.
-
-        The same order every time, as those that not every problem of an entry came to do not count.
-        """
-        yield default
-        points = list(itertools.product(*self.space.values()))
-        random.Random(0).shuffle(points)
-        for values in points:
-            config = dataclasses.replace(default, **dict(zip(self.space, values, strict=True)))
-            if config != default and self.keep(config):
-                yield config
-
-
-def table(family: str) -> dict[Any, Any]:
-    """The frozen table in the family's file."""
-    return importlib.import_module(f"{kernels.__name__}.{family}").CONFIGS
-
-
-def tables() -> list[str]:
-    """Every family with a table, also those that are not tuned here."""
-    names = (module.name for module in pkgutil.iter_modules(kernels.__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"{kernels.__name__}.{name}"), "CONFIGS")]
 
 
 def _qkv(shape: Shape, queries: int, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Any], int]:
@@ -84,7 +55,7 @@ def _flash_prefill(tiny: bool, device: torch.device) -> list[Problem]:
 
         def launch() -> Launch:
             q, k, v = make()
-            return lambda config: flash_attention(q, k, v, reach=reach, config=config)
+            return lambda: flash_attention(q, k, v, reach=reach)
 
         return Problem(shape.name, nbytes, launch)
 
@@ -102,12 +73,10 @@ def _flash_decode(tiny: bool, device: torch.device) -> list[Problem]:
             q, k, v = make()
             lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device)
             if not int8:
-                return lambda config: flash_decode(q, k, v, lengths, causal=True, config=config)
+                return lambda: flash_decode(q, k, v, lengths, causal=True)
             k, v = ((x * 30).to(torch.int8) for x in (k, v))
             scale = torch.full(k.shape[:3], 1 / 30, device=device)
-            return lambda config: flash_decode(
-                q, k, v, lengths, causal=True, k_scale=scale, v_scale=scale, config=config
-            )
+            return lambda: flash_decode(q, k, v, lengths, causal=True, k_scale=scale, v_scale=scale)
 
         return Problem(f"{shape.sizes} T{queries}{' int8' if int8 else ''}", nbytes // (1 + int8), launch)
 
@@ -128,7 +97,7 @@ def _softmax_context(tiny: bool, device: torch.device) -> list[Problem]:
 
         def launch() -> Launch:
             q, k, v = make()
-            return lambda config: softmax_context(q, k, v, reach=reach, config=config)
+            return lambda: softmax_context(q, k, v, reach=reach)
 
         return Problem(shape.name, nbytes, launch)
 
@@ -144,8 +113,8 @@ def _skinny_gemm(tiny: bool, device: torch.device) -> list[Problem]:
         def launch() -> Launch:
             x, norm_weight, weight, *quantised = make()
             weight, scale = quantised if int8 else (weight, None)
-            return lambda config: skinny_gemm(
-                x[0], weight, norm_weight=norm_weight, rms_eps=projections.EPS, weight_scale=scale, config=config
+            return lambda: skinny_gemm(
+                x[0], weight, norm_weight=norm_weight, rms_eps=projections.EPS, weight_scale=scale
             )
 
         return Problem(f"K{k} N{n} M{m}{' int8' if int8 else ''}", n * k * (1 if int8 else 2), launch)
@@ -164,7 +133,7 @@ def _gemm(tiny: bool, device: torch.device) -> list[Problem]:
         def launch() -> Launch:
             x, _, weight, *quantised = make()
             weight, scale = quantised if int8 else (weight, None)
-            return lambda config: gemm(x[0], weight, weight_scale=scale, config=config)
+            return lambda: gemm(x[0], weight, weight_scale=scale)
 
         reads = n * k * (1 if int8 else 2) + m * k * 2
         return Problem(f"K{k} N{n} M{m}{' int8' if int8 else ''}", reads, launch)
@@ -182,61 +151,20 @@ def _norm(tiny: bool, device: torch.device) -> list[Problem]:
 
         def launch() -> Launch:
             x, weight, _ = make()
-            return lambda config: norm(x[0], weight, None, "rmsnorm", projections.EPS, config=config)
+            return lambda: norm(x[0], weight, None, "rmsnorm", projections.EPS)
 
         return Problem(f"K{k} M{m}", 2 * m * k, launch)
 
     return [problem(96, 256)] if tiny else [problem(m, k) for k in (4096, 8192) for m in (64, 512, 4096)]
 
 
-def _flash_fits(config: Any) -> bool:
-    """Accumulators of block_m rows over too few warps spill."""
-    return config.block_m <= 32 * config.num_warps
-
-
-def _skinny_fits(config: Any) -> bool:
-    """Enough of the weights under way for an SM to keep the memory busy, and not more than it has room for."""
-    return 48 << 10 <= config.block_n * config.block_k * config.stages * 2 <= 208 << 10
-
-
-FAMILIES = {
-    "flash_prefill": Family(
-        _flash_prefill,
-        {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-        _flash_fits,
-    ),
-    "flash_decode": Family(
-        _flash_decode,
-        {"block_n": (32, 64, 128), "num_warps": (2, 4), "num_stages": (2, 3, 4, 5), "programs": (1, 2, 3, 4)},
-        lambda config: config.num_warps > 2 or config.block_n <= 32,  # else they spill
-    ),
-    "skinny_gemm": Family(
-        _skinny_gemm,
-        {
-            "block_n": (64, 128, 256),
-            "block_k": (64, 128, 256),
-            "warps": (4, 8),
-            "stages": (3, 4, 6, 8),
-            "blocks": (1, 2, 3),
-            "prefetch": (0, 256, 1024),
-        },
-        _skinny_fits,
-    ),
-    # not the tile's size, which the launcher picks by the problem's, and asks the table for the rest
-    "gemm": Family(
-        _gemm,
-        {
-            "stages": (3, 4, 5),
-            "store": (64, 128, 256),
-            "blocks": (1, 2),
-            "group_m": (4, 8, 16),
-            "flatten": (True, False),
-        },
-    ),
-    "norm": Family(_norm, {"rows": (1, 2, 4), "warps": (2, 4, 8, 16)}),
-    "softmax_context": Family(
-        _softmax_context,
-        {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
-        _flash_fits,
-    ),
+_PROBLEMS = {
+    "flash_prefill": _flash_prefill,
+    "flash_prefill_hopper": _flash_prefill,  # what asks for it goes there
+    "flash_decode": _flash_decode,
+    "skinny_gemm": _skinny_gemm,
+    "gemm": _gemm,
+    "norm": _norm,
+    "softmax_context": _softmax_context,
 }
+FAMILIES = {name: Family(problems=problems, **vars(SPACES[name])) for name, problems in _PROBLEMS.items()}

@@ -11,11 +11,10 @@ import contextlib
 import functools
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +22,17 @@ import torch
 import typer
 from torch import Tensor
 
+from tp_attention.autotune import comparison, search
+from tp_attention.autotune.spaces import entry
 from tp_attention.bench import timing
-from tp_attention.bench.candidates import FAMILIES, Launch, Problem, table, tables
-from tp_attention.bench.cases import reason, relative_error, stamp
+from tp_attention.bench.candidates import FAMILIES, Problem, table, tables
+from tp_attention.bench.cases import reason, stamp
 from tp_attention.bench.results import append_records
 from tp_attention.kernels import configs
 
 Best = dict[configs.Key, tuple[Any, float]]  # per key the winner and its speed over the entry of today
 
 COLUMNS = ("family", "key", "problem", "config", "ms", "lower", "upper", "speedup", "note")
-TOLERANCE = 2e-2  # of the largest value, against today's entry: two orders of summation apart, in bf16
-WORTH = 1.01  # an entry gives way to one that is faster by more than the noise
 BUDGET_MS = 40.0
 
 
@@ -43,48 +42,29 @@ def tune(family: str, keys: str, limit: float, out: Path, tiny: bool, device: to
     A candidate's score is the geometric mean over the key's problems; one that fails on any of them is out.
     """
     deadline = time.monotonic() + limit
-    problems = list(_asked(family, keys, tiny, device))
     speedups: dict[configs.Key, list[dict[Any, float]]] = {}
-    for done, (problem, key, default) in enumerate(problems):
-        share = (deadline - time.monotonic()) / (len(problems) - done)
-        print(f"{family} {key} {problem.name}", flush=True)
-        speedups.setdefault(key, []).append(_measure(family, problem, key, default, share, out, device))
-    best: Best = {}
-    for key, measured in speedups.items():
-        default, *_ = measured[0]
-        means = {
-            config: statistics.geometric_mean(of[config] for of in measured)
-            for config in measured[0]
-            if all(config in of for of in measured)
-        }
-        winner = max(means, key=lambda config: means[config])
-        best[key] = (winner, means[winner]) if means[winner] > WORTH else (default, 1.0)
-    return best
+    with search.watched():
+        problems = list(_asked(family, keys, tiny, device))
+        for done, (problem, key, default) in enumerate(problems):
+            share = (deadline - time.monotonic()) / (len(problems) - done)
+            print(f"{family} {key} {problem.name}", flush=True)
+            speedups.setdefault(key, []).append(_measure(family, problem, key, default, share, out, device))
+    return {key: comparison.winner(next(iter(measured[0])), measured) for key, measured in speedups.items()}
 
 
 def _asked(family: str, keys: str, tiny: bool, device: torch.device) -> Iterator[tuple[Problem, configs.Key, Any]]:
     """The family's problems with the key that each asks the table for and the entry it gets: one launch, watched."""
-    asked: list[tuple[configs.Key, Any]] = []
-    choose = configs.choose
-
-    def watch(kernel: str, table: Any, key: configs.Key, config: Any = None) -> Any:
-        chosen = choose(kernel, table, key, config)
-        if kernel == family:
-            asked.append((key, chosen))
-        return chosen
-
+    none = True
     for problem in FAMILIES[family].problems(tiny, device):
-        asked.clear()
-        configs.choose = watch  # type: ignore[assignment]
-        try:
-            problem.make()(None)
-        finally:
-            configs.choose = choose
-        if not asked:
-            raise RuntimeError(f"{problem.name} launched no kernel of {family}")
-        key, default = asked[0]
+        question = search.asked(problem.make())
+        if question is None or question[0] != family:
+            continue
+        none = False
+        _, key = question
         if keys in str(key):
-            yield problem, key, default
+            yield problem, key, entry(family, key)
+    if none:
+        print(f"{family}: no problem launches it on {device}", flush=True)
 
 
 def _measure(
@@ -92,8 +72,9 @@ def _measure(
 ) -> dict[Any, float]:
     """The speed of each candidate over that of `default`, which comes first, until the seconds are over."""
     deadline = time.monotonic() + seconds
-    launches = [problem.make() for _ in range(timing.copies_needed(problem.reads, device))]
-    expected = _first(launches[0](default)).double()
+    copies = timing.copies_needed(problem.reads, device)
+    launches = [functools.partial(search.forced, problem.make(), family, key) for _ in range(copies)]
+    expected = comparison.first(launches[0](default)).double()
     base = 0.0
     speedups: dict[Any, float] = {}
     for config in FAMILIES[family].candidates(default):
@@ -122,30 +103,27 @@ def _measure(
 
 
 def _try(
-    launches: Sequence[Launch], config: Any, expected: Tensor, device: torch.device
+    launches: Sequence[Callable[[Any], Any]], config: Any, expected: Tensor, device: torch.device
 ) -> tuple[timing.Timing | None, str]:
     """A candidate's time, or why it has none."""
     try:
-        error = relative_error(_first(launches[0](config)), expected)
-        if not error <= TOLERANCE:
+        error = comparison.relative_error(comparison.first(launches[0](config)), expected)
+        if not error <= comparison.TOLERANCE:
             return None, f"inexact: error {error:.2e}"
         return timing.measure([functools.partial(launch, config) for launch in launches], device, BUDGET_MS), ""
     except Exception as failure:  # too much shared memory, say: a search space is allowed to hold such
         return None, reason(failure, device)
 
 
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
-
-
 def compile_shard(family: str, keys: str, shard: int, shards: int, tiny: bool, device: torch.device) -> None:
     """Run every shards-th candidate of every key once, for what that leaves in Triton's cache."""
-    for problem, _, default in {key: (p, key, d) for p, key, d in _asked(family, keys, tiny, device)}.values():
-        launch = problem.make()
-        for config in itertools.islice(FAMILIES[family].candidates(default), shard, None, shards):
-            with contextlib.suppress(Exception):  # the one who times it will say why
-                launch(config)
-                torch.cuda.synchronize()
+    with search.watched():
+        for problem, key, default in {key: (p, key, d) for p, key, d in _asked(family, keys, tiny, device)}.values():
+            launch = problem.make()
+            for config in itertools.islice(FAMILIES[family].candidates(default), shard, None, shards):
+                with contextlib.suppress(Exception):  # the one who times it will say why
+                    search.forced(launch, family, key, config)
+                    torch.cuda.synchronize()
 
 
 def _compile(family: str, keys: str, limit: float) -> None:
