@@ -89,6 +89,7 @@ def flash_attention_hopper(
     unaligned = causal and (lengths is not None or (keys - tokens) % KEYS != 0)
     kind = "lengths" if lengths is not None else "edges" if unaligned else "diagonal" if causal else "full"
     config = configs.choose("flash_prefill_hopper", CONFIGS, (90, head_dim, kind), config)
+    unaligned = unaligned or (causal and config.block_n < ROWS.value)  # the diagonal crosses several blocks
     rows = config.consumers * ROWS.value
     pack = _pack(tokens, heads, q_start, group_size)
     packed_heads, tiles = heads // pack, -(-tokens * pack // rows)

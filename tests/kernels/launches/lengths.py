@@ -46,11 +46,12 @@ def projections() -> None:
         (skinny_gemm if rows <= 64 else gemm)(x, weight)
 
 
-# Prefill: one. Decode: one split, and several with what combines them. Projections: a norm; products of at most 16, 32
-# and 64 rows, and their merge; one for each of 4 widths of tiles. And one to spare: the numbers of SMs and rows decide.
+# Prefill: one; beside it Hopper's, for lengths that differ by whole blocks and for others. Decode: one split, and
+# several with what combines them. Projections: a norm; products of at most 16, 32 and 64 rows, and their merge; one for
+# each of 4 widths of tiles. And one to spare: the numbers of SMs and rows decide.
 LAUNCHES = {
-    "prefill": Launch(prefill, kernels=1),
-    "prefill, uneven heads": Launch(uneven_prefill, kernels=1),
+    "prefill": Launch(prefill, kernels=3),
+    "prefill, uneven heads": Launch(uneven_prefill, kernels=2),
     "decode": Launch(decode, kernels=4),
     "projections": Launch(projections, kernels=10),
 }
