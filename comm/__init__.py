@@ -6,7 +6,7 @@ per group.
 """
 
 from tp_attention.comm.collectives import all_gather, all_reduce, barrier, broadcast
-from tp_attention.comm.group import CollectiveError, TPGroup
+from tp_attention.comm.group import CollectiveError, TPGroup, as_group
 from tp_attention.comm.mpi import MPIGroup
 
-__all__ = ["CollectiveError", "MPIGroup", "TPGroup", "all_gather", "all_reduce", "barrier", "broadcast"]
+__all__ = ["CollectiveError", "MPIGroup", "TPGroup", "all_gather", "all_reduce", "as_group", "barrier", "broadcast"]

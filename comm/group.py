@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -221,6 +222,28 @@ class TPGroup:
 
     def _barrier(self) -> None:
         dist.barrier(self.process_group, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+# Layers that are given the same process group share one TPGroup, and so one heartbeat.
+_wrapped: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()  # by the id of what is wrapped
+
+
+def as_group(group: dist.ProcessGroup | TPGroup | None, device: torch.device | str | None = None) -> TPGroup:
+    """A TPGroup for what callers have: one already, a torch (or deepspeed.comm) process group, or None for one rank.
+
+    device: where a rank alone lives, the CPU if None. A process group that was wrapped before, by a TPGroup that is
+    still in use, gives the same one. Raises ValueError for anything else, and as TPGroup.from_process_group does.
+    """
+    if group is None:
+        return TPGroup.alone(device or "cpu")
+    if isinstance(group, TPGroup):
+        return group
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{group!r} is no group of ranks; pass a ProcessGroup, a TPGroup, an MPIGroup or None")
+    wrapped = _wrapped.get(id(group))
+    if wrapped is None or wrapped.process_group is not group:  # None: it was destroyed, and another has its id
+        wrapped = _wrapped[id(group)] = TPGroup.from_process_group(group)
+    return wrapped
 
 
 def destroy_process_group(process_group: dist.ProcessGroup | None, backend: str, abort: bool) -> None:

@@ -46,7 +46,7 @@ class MPIGroup(TPGroup):
         owned: destroy() frees the communicator. timeout: seconds for every collective. Collectives of the caller's own
         on the same communicator are well as long as all ranks call them in the same order.
         """
-        mpi = _load()
+        mpi = load()
         if not isinstance(comm, mpi.Intracomm):
             raise ValueError(f"from_comm takes an mpi4py intracommunicator that this process is in, not {comm!r}")
         name = name or comm.name or "MPI"
@@ -61,7 +61,7 @@ class MPIGroup(TPGroup):
         All of them must call it. Raises RuntimeError where mpi4py or MPI is missing, CollectiveError where the ranks do
         not meet within timeout.
         """
-        comm = _load().COMM_WORLD
+        comm = load().COMM_WORLD
         barrier(cls.from_comm(comm, name="MPI world", timeout=timeout))  # Dup has no time limit
         return cls.from_comm(comm.Dup(), name="MPI world", owned=True, timeout=timeout)
 
@@ -72,7 +72,7 @@ class MPIGroup(TPGroup):
         All ranks of comm must call it. Raises like `world`, ValueError also for a tp that does not divide the ranks or
         is not every rank's.
         """
-        comm = _load().COMM_WORLD if comm is None else comm
+        comm = load().COMM_WORLD if comm is None else comm
         whole = cls.from_comm(comm, name="MPI mesh", timeout=timeout)
         asked = all_gather(torch.tensor([tp]), whole, sizes=[1] * whole.size).tolist()
         if len(set(asked)) > 1:
@@ -155,14 +155,19 @@ def _leave(mpi: Any) -> None:
         mpi.COMM_WORLD.Abort(1)
 
 
-def _load() -> Any:
+def load(who: str = "MPIGroup", instead: str = "", *, start: bool = True) -> Any:
+    """The module mpi4py.MPI. start=False: MPI need not run yet. Raises RuntimeError where that is not to be had."""
     try:
+        import mpi4py
+
+        if not start:
+            mpi4py.rc(initialize=False, finalize=True)  # without effect where MPI runs already
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
-        hint = "pip install 'tp_attention[mpi]' brings both"
+        hint = f"pip install 'tp_attention[mpi]' brings both{instead}"
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"MPIGroup needs mpi4py and an MPI library; {hint} ({reason})") from error
-    if MPI.Is_finalized() or not MPI.Is_initialized():
+        raise RuntimeError(f"{who} needs mpi4py and an MPI library; {hint} ({reason})") from error
+    if MPI.Is_finalized() or (start and not MPI.Is_initialized()):
         state = "finalised" if MPI.Is_finalized() else "not initialised (mpi4py.rc.initialize is False)"
-        raise RuntimeError(f"MPI is {state}; make an MPIGroup between MPI.Init() and MPI.Finalize()")
+        raise RuntimeError(f"MPI is {state}; {who} needs it between MPI.Init() and MPI.Finalize()")
     return MPI

@@ -139,6 +139,11 @@ def hosted_store(listener: socket.socket) -> Iterator[None]:
         del store  # ends its thread now: a traceback that keeps this frame would keep the store
 
 
+def serve(address: str) -> int:
+    """Runs a store until this process ends; its port, a free one, and the same one at every call."""
+    return _store_on(address, 0).port
+
+
 @functools.cache  # for the life of the process: a second default group could not listen on the same port at once
 def _store_on(address: str, port: int) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)

@@ -3,9 +3,10 @@
     def test_sum(world):
         assert world(2)(rank_sum) == [1, 1]
 
-Under a launcher (`torchrun --nproc-per-node=2 -m pytest tests/multirank`) every rank runs the same tests; a test for
-another number of ranks than the launcher's is skipped, except that worlds of one run on every rank by itself. Limit:
-there, a rank that hangs outside a collective is ended by pytest-timeout alone.
+Under a launcher (`torchrun --nproc-per-node=2 -m pytest tests/multirank`, `mpirun -n 2 python -m pytest …`, `deepspeed
+--num_accelerators 2 --module pytest …`) every rank runs the same tests; a test for another number of ranks than the
+launcher's is skipped, except that worlds of one run on every rank by itself. Limit: there, a rank that hangs outside a
+collective is ended by pytest-timeout alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from tp_attention.launch.spawn import spawn
 from tp_attention.launch.world import World, init
 
 Run = Callable[..., list[Any]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--local_rank", "--local-rank", help="from deepspeed; unused, for LOCAL_RANK says it too")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tp_attention.comm import TPGroup
+from tp_attention.comm import TPGroup, rendezvous
 from tp_attention.comm import process_groups as groups
 from tp_attention.launch import environment
 
@@ -73,7 +73,8 @@ def init(
     is 1 on CUDA and 0, no heartbeat, on the CPU, where gloo notices by itself.
 
     Raises ValueError for a partial environment, a tp that does not divide the world, ranks that want different things
-    and a device="cuda" without a GPU per rank; CollectiveError where the ranks do not meet in time.
+    and a device="cuda" without a GPU per rank; RuntimeError under an mpirun to which mpi4py does not belong;
+    CollectiveError where the ranks do not meet in time.
     """
     place = environment.read()
     joins = groups.initialised()
@@ -85,7 +86,12 @@ def init(
     chosen = _pick_device(device, place.local_rank, place.local_size)
     owner = size > 1 and not joins
     if owner:
-        store = groups.connect(rank, size, place.address, place.port, hosted=place.hosted, timeout=timeout)
+        address, port, hosted = place.address, place.port, place.hosted
+        if not address:
+            open_mpi, one_host = place.launcher == environment.OPENMPI.name, place.local_size == size
+            address, port = rendezvous.settle(rank, size, open_mpi=open_mpi, one_host=one_host, timeout=timeout)
+            hosted = True
+        store = groups.connect(rank, size, address, port, hosted=hosted, timeout=timeout)
         groups.initialise(rank, size, chosen, store, plan=f"{chosen.type} and tp={tp}", timeout=timeout)
     try:
         tp_group, dp_group = groups.make_mesh(tp, rank, size, chosen, timeout, heartbeat)

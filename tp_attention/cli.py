@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -226,12 +227,20 @@ def _dtype(name: str | None) -> Any:
 
 def main() -> None:
     """Entry point: `app`, with every error as one line; --verbose keeps the traceback."""
+    _take_local_rank()
     try:
         app()
     except Exception as error:  # the outermost boundary: nothing is swallowed, only shortened
         if logging.getLogger("tp_attention").isEnabledFor(logging.INFO):
             raise
         sys.exit(_one_line(error))
+
+
+def _take_local_rank() -> None:
+    """Takes off the local rank that deepspeed and older launchers put before the arguments that are ours."""
+    if found := re.match(r"--local[-_]rank[= ](\d+)( |$)", " ".join(sys.argv[1:3])):
+        del sys.argv[1 : 2 if "=" in sys.argv[1] else 3]
+        os.environ.setdefault("LOCAL_RANK", found[1])
 
 
 def _one_line(error: Exception) -> str | int:

