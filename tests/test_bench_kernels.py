@@ -85,17 +85,35 @@ def test_a_failing_peer_costs_its_own_row_and_a_missing_one_none():
     def misses(*inputs):
         raise Unavailable("not installed")
 
+    def grows(x, norm_weight, weight):
+        taken.append(x)
+        if len(taken) > 1:  # right, and then no room for the other copies beside those of the others
+            raise torch.OutOfMemoryError("tried to allocate")
+        return lambda: functional.linear(x, weight)
+
     def lies(x, norm_weight, weight):
         return lambda: torch.zeros(*x.shape[:2], len(weight), device=x.device)
 
+    taken = []
     case = case_of()
-    case = dataclasses.replace(case, peers={**case.peers, "fails": fails, "misses": misses, "lies": lies})
+    odd = {"fails": fails, "misses": misses, "grows": grows, "lies": lies}
+    case = dataclasses.replace(case, peers={**odd, **case.peers})
     rows = {row.who: row for row in run(case, list(case.peers), 1.0, DEVICE)}
-    assert set(rows) == {OURS, "cublas", "fails", "lies"}
+    assert list(rows) == [OURS, "fails", "grows", "lies", "cublas"]
     assert rows["fails"].ms is None and rows["fails"].note == "RuntimeError: no such shape"
+    assert rows["grows"].ms is None and rows["grows"].note == "OutOfMemoryError: tried to allocate"
     assert rows["lies"].note == "wrong result" and rows["lies"].error == pytest.approx(1.0)
     assert rows["cublas"].best == pytest.approx(1.0)  # however fast a wrong result is
     assert "no such shape" in str(rows["fails"])
+    assert rows[OURS].ms and rows[OURS].samples == rows["lies"].samples == rows["cublas"].samples
+
+
+def test_a_row_that_nobody_finishes_has_no_times():
+    def fails(*inputs):
+        raise RuntimeError("no such shape")
+
+    rows = run(case_of(ours=fails, peers={"cublas": fails}), ["cublas"], 1.0, DEVICE)
+    assert [(row.ms, row.note) for row in rows] == [(None, "RuntimeError: no such shape")] * 2
 
 
 def test_our_faults_are_saved_and_raised_after_the_other_rows(tmp_path, monkeypatch):
@@ -137,13 +155,14 @@ def test_times_are_medians_between_quartiles_and_copies_keep_the_cache_cold():
     assert timing.copies_needed(9_400_000, cuda) * 9_400_000 >= timing.COLD_BYTES
 
 
-def test_graphs_go_round_the_copies_and_samples_are_of_one_call(monkeypatch):
-    """The CUDA path, with a clock that each call of a replay moves by a millisecond."""
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda's graphs and events by a clock that a replay moves by what its calls return; -> calls of a capture."""
     clock, recorded = [0.0], []
 
     class Graph:
         def replay(self):
-            clock[0] += len(self.calls)
+            clock[0] += sum(call() for call in self.calls)
 
     @contextlib.contextmanager
     def capture(graph, stream):
@@ -173,11 +192,40 @@ def test_graphs_go_round_the_copies_and_samples_are_of_one_call(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(timing, "_side_stream", lambda: stream)
+    return recorded
+
+
+def test_graphs_go_round_the_copies_and_samples_are_of_one_call(fake_cuda, monkeypatch):
     monkeypatch.setattr(timing, "REPLAY_MS", 12.0)
-    calls = [functools.partial(recorded.append, i) for i in range(4)]
+    names = []
+
+    def call(name):
+        names.append(name)
+        fake_cuda.append(lambda: 1.0)
+
+    calls = [functools.partial(call, i) for i in range(4)]
     time = timing.measure(calls, torch.device("cuda"), budget_ms=50)
     assert (time.ms, time.lower, time.upper, time.samples) == (1.0, 1.0, 1.0, 4)
-    assert recorded == [0, 1, 2, 3] * 3  # 4 ms a round, 12 wanted
+    assert names[-12:] == [0, 1, 2, 3] * 3 and len(fake_cuda) == 12  # 4 ms a round, 12 wanted
+    assert timing.ready(calls, torch.device("cuda")).calls is calls  # else what a graph reads would be freed
+
+
+def test_contenders_of_one_speed_are_found_so_on_a_gpu_that_slows_down(fake_cuda, monkeypatch):
+    monkeypatch.setattr(timing, "REPLAY_MS", 1.0)
+    monkeypatch.setattr(timing, "WARMUP", 0)  # one round
+    order = []
+
+    def runs(name):
+        order.append(name)
+        return 1 + len(order) / 1000
+
+    device = torch.device("cuda")
+    contenders = [timing.ready([lambda n=n: fake_cuda.append(lambda: runs(n))], device) for n in "ABC"]
+    order.clear()
+    times = timing.in_turns(contenders, device, budget_ms=9)
+    assert "".join(order) == "A" + "ABCCBA" * 4 + "ABC"  # of A the first replay is untimed, then a round to warm up
+    assert all(time.samples == 8 for time in times)
+    assert max(time.ms for time in times) - min(time.ms for time in times) < 1e-9  # one after another: 0.016
 
 
 @pytest.mark.parametrize("count", [1, 2, 64, 65, 1000])

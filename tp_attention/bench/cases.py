@@ -2,7 +2,8 @@
 
 A case names its work, our function, its peers and the truth. A peer that fails, or is not installed, costs its own line
 and nothing else. Ours failing, or being less exact than allowed, is written down too; the caller raises at the end, so
-that the other rows of an expensive run are there.
+that the other rows of an expensive run are there. All contenders of a row hold their layouts and scratch until the last
+is timed, up to some 15 GB; where that is too much, the one who finds no room has the error as its note.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class Unavailable(Exception):
 
 
 def run(case: Case, peers: Collection[str], ceiling: float | None, device: torch.device) -> list[KernelRow]:
-    """Measure ours and the wanted peers, in that order; ceiling in the case's unit."""
+    """Measure ours and the wanted peers: made ready in that order, timed in turns. ceiling: in the case's unit."""
     inputs = case.make()
     error_of = case.truth(*inputs)
-    found: dict[str, tuple[timing.Timing | None, float | None, str]] = {}
+    checked: dict[str, tuple[timing.Contender | None, float | None, str]] = {}
     baseline = _error(case.peers[case.baseline], inputs, error_of)
     factor = ALLOWED if device.type == "cuda" else ALLOWED_DRY
     allowed = None if isinstance(baseline, str) else factor * baseline
@@ -72,21 +73,21 @@ def run(case: Case, peers: Collection[str], ceiling: float | None, device: torch
         error = _error(prepare, inputs, error_of)
         if isinstance(error, str):
             if error:
-                found[who] = None, None, error
+                checked[who] = None, None, error
             continue
         note = ""
         if allowed is not None and not error <= allowed * (1 if who == OURS else WRONG / factor):
             note = f"inexact: error {error:.2e}, allowed {allowed:.2e}" if who == OURS else "wrong result"
         try:
-            calls = [prepare(*copy) for copy in copies]
-            found[who] = timing.measure(calls, device), error, note
+            checked[who] = timing.ready([prepare(*copy) for copy in copies], device), error, note
         except Exception as failure:  # recorded: it is one line of many
-            found[who] = None, error, reason(failure, device)
-        calls = []  # a peer's layouts are as large as the inputs
+            checked[who] = None, error, reason(failure, device)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # graphs leave pools of sizes that the next one has no use for
+            torch.cuda.empty_cache()  # what one needed to get ready is of sizes that the next has no use for
 
-    rivals = [time.ms for who, (time, _, note) in found.items() if who != OURS and time is not None and not note]
+    ready = {who: contender for who, (contender, _, _) in checked.items() if contender is not None}
+    times = dict(zip(ready, timing.in_turns([*ready.values()], device), strict=True))
+    rivals = [time.ms for who, time in times.items() if who != OURS and not checked[who][2]]
     best = min(rivals, default=None)
     return [
         KernelRow(
@@ -107,7 +108,8 @@ def run(case: Case, peers: Collection[str], ceiling: float | None, device: torch
             note=note,
             **stamp(device),
         )
-        for who, (time, error, note) in found.items()
+        for who, (_, error, note) in checked.items()
+        for time in [times.get(who)]
     ]
 
 

@@ -3,6 +3,9 @@
 Graphs, because a decode step is 5 µs of work behind 50 µs of Python: replays leave the host out, for us and for peers
 alike. Each call of a list works on a copy of its own of the same inputs, COLD_BYTES and MIN_COPIES of them together, so
 that nothing that a call reads is left in the L2 by the one before it; a replay goes round them all.
+
+Those that are compared take turns, A B C C B A: a GPU that warms up or throttles would favour whoever comes first. So
+they have one clock in common, which under a power limit is not the clock that each would have alone.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ COLD_BYTES, MIN_COPIES = 200_000_000, 4
 BUDGET_MS = 100.0  # of samples
 WARMUP = 0.2  # of the budget, before it
 REPLAY_MS = 1.0  # at least, so that starting a graph (some 5 µs) is lost in it
-MIN_SAMPLES, MAX_SAMPLES, MAX_CALLS = 5, 100, 400
+MIN_SAMPLES, MAX_SAMPLES, MAX_CALLS = 10, 100, 400
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,47 @@ def copies_needed(nbytes: int, device: torch.device) -> int:
     return max(MIN_COPIES, min(math.ceil(COLD_BYTES / nbytes), MAX_CALLS)) if device.type == "cuda" else 2
 
 
+@dataclass(frozen=True)
+class Contender:
+    """Ready to be timed: a replay makes `count` calls in about `ms`. calls: a graph reads the tensors they hold."""
+
+    calls: Sequence[Call]
+    replay: Call
+    count: int
+    ms: float
+
+
 def measure(calls: Sequence[Call], device: torch.device, budget_ms: float | None = None) -> Timing:
     """Time calls, which do the same work on different copies of the inputs; the result is for one of them."""
-    budget_ms = BUDGET_MS if budget_ms is None else budget_ms
-    return _graph(calls, budget_ms) if device.type == "cuda" else _wall(calls, budget_ms)
+    return in_turns([ready(calls, device)], device, budget_ms)[0]
 
 
-def _wall(calls: Sequence[Call], budget_ms: float) -> Timing:
-    samples: list[float] = []
+def ready(calls: Sequence[Call], device: torch.device) -> Contender:
+    """All that can fail, and all that is done once: compiling, first allocations, on a GPU the capture of a graph."""
+    if device.type == "cuda":
+        return _captured(calls)
     calls[0]()
-    while len(samples) < MIN_SAMPLES or (sum(samples) < budget_ms and len(samples) < MAX_SAMPLES):
-        start = time.perf_counter()
-        calls[len(samples) % len(calls)]()
-        samples.append((time.perf_counter() - start) * 1e3)
-    return Timing.of(samples)
+    turn = itertools.cycle(calls)
+    return Contender(calls, lambda: next(turn)(), 1, _times([calls[0]], device)[0])
 
 
-def _graph(calls: Sequence[Call], budget_ms: float) -> Timing:
+def in_turns(contenders: Sequence[Contender], device: torch.device, budget_ms: float | None = None) -> list[Timing]:
+    """Time contenders in rounds of a replay each, every other round in reverse; the budget is for each of them."""
+    if not contenders:
+        return []
+    budget_ms = len(contenders) * (BUDGET_MS if budget_ms is None else budget_ms)
+    rounds = min(max(int(budget_ms / sum(one.ms for one in contenders)), MIN_SAMPLES), MAX_SAMPLES)
+    rounds += rounds % 2  # as many in reverse
+    warm = max(1, int(WARMUP * rounds))
+    forward = range(len(contenders))
+    order = [i for turn in range(warm + rounds) for i in (reversed(forward) if turn % 2 else forward)]
+    samples: list[list[float]] = [[] for _ in contenders]
+    for i, ms in zip(order, _times([contenders[i].replay for i in order], device), strict=True):
+        samples[i].append(ms / contenders[i].count)
+    return [Timing.of(every[warm:]) for every in samples]
+
+
+def _captured(calls: Sequence[Call]) -> Contender:
     # Outside of the graph, and on a side stream as capture wants it: compiling, tuning, first allocations.
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -73,14 +100,11 @@ def _graph(calls: Sequence[Call], budget_ms: float) -> Timing:
     torch.cuda.synchronize()
 
     graph, rounds = _capture(calls, 1), 1
-    once = statistics.median(_replays(graph, 3))
+    once = statistics.median(_times([graph.replay] * 3, torch.device("cuda")))
     wanted = min(math.ceil(REPLAY_MS / once), MAX_CALLS // len(calls))
     if wanted > 1:
         graph, rounds = _capture(calls, wanted), wanted
-    replay_ms = once * rounds
-    _replays(graph, max(1, int(WARMUP * budget_ms / replay_ms)))
-    samples = _replays(graph, min(max(int(budget_ms / replay_ms), MIN_SAMPLES), MAX_SAMPLES))
-    return Timing.of([ms / (rounds * len(calls)) for ms in samples])
+    return Contender(calls, graph.replay, rounds * len(calls), once * rounds)
 
 
 def _capture(calls: Sequence[Call], rounds: int) -> torch.cuda.CUDAGraph:
@@ -97,13 +121,19 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-    """Milliseconds of each replay. All are queued before any is waited for, so the GPU is never idle in between."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    graph.replay()  # keeps the GPU busy while the first event and replay are queued
+def _times(replays: Sequence[Call], device: torch.device) -> list[float]:
+    """Milliseconds of each. On a GPU all are queued before any is waited for, so that it is never idle in between."""
+    if device.type != "cuda":
+        clock = [time.perf_counter()]
+        for replay in replays:
+            replay()
+            clock.append(time.perf_counter())
+        return [(end - start) * 1e3 for start, end in itertools.pairwise(clock)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(replays) + 1)]
+    replays[0]()  # keeps the GPU busy while the first event and replay are queued
     events[0].record()
-    for event in events[1:]:
-        graph.replay()
+    for replay, event in zip(replays, events[1:], strict=True):
+        replay()
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]

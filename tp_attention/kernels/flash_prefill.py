@@ -4,8 +4,7 @@ One program per (query block, head). Key blocks that every row of the block sees
 of causal, window or the sequence's end go through loops of their own. On Hopper q, k and v come by TMA from whatever
 strided view they are, elsewhere by pointers. Sequences packed without padding (cu_seqlens) run in the
 same kernel: a program finds its sequence by itself, so that no length is read on the host.
-flash_prefill_hopper.py is faster on Hopper for what it takes, once HOPPER_PROVEN. Few query tokens over many keys:
-flash_decode.py.
+flash_prefill_hopper.py is faster on Hopper for what it takes. Few query tokens over many keys: flash_decode.py.
 """
 
 from __future__ import annotations
@@ -239,9 +238,6 @@ def flash_prefill_kernel(
         tl.store(p_lse + b64 * stride_lb + h64 * stride_lh + row64 + o_m, b_lse, mask=m_t)
 
 
-# Whether tests/kernels/test_flash_prefill_hopper.py has passed on a GPU as that kernel stands; it runs on one only
-# where this says True. False: that kernel has only been emulated.
-HOPPER_PROVEN = True
 HOPPER_KEYS, HOPPER_ROWS = 256, 64  # less is done sooner by small tiles
 HOPPER_HEAD_DIMS = (64, 128, 256)
 
@@ -249,9 +245,10 @@ HOPPER_HEAD_DIMS = (64, 128, 256)
 def hopper_obstacle(
     q: Tensor, k: Tensor, *, scale: float, reach: tuple[int | None, int | None], features: tuple[str, ...]
 ) -> str | None:
-    """Why Hopper's own kernel does not take this call, or None. features: what else is asked for, by name."""
-    if not HOPPER_PROVEN:
-        return "its last version has not run on a GPU"
+    """Why Hopper's own kernel does not take this call, or None. features: what else is asked for, by name.
+
+    Without the call's lengths and scale: each reason is logged once, and there must be an end of them.
+    """
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype}"
     if q.shape[3] not in HOPPER_HEAD_DIMS:
@@ -259,9 +256,9 @@ def hopper_obstacle(
     if features or reach not in ((None, None), (None, 0)):
         return ", ".join(features) or "a window"
     if scale <= 0:
-        return f"scale {scale}"
+        return "a scale that is not positive"
     if k.shape[1] < HOPPER_KEYS or q.shape[1] < HOPPER_ROWS:
-        return f"{q.shape[1]} queries and {k.shape[1]} keys, fewer than {HOPPER_ROWS} or {HOPPER_KEYS}"
+        return f"fewer than {HOPPER_ROWS} queries or {HOPPER_KEYS} keys"
     return None
 
 
