@@ -3,9 +3,13 @@
 q, k, v = QKVGemmOp(config, plan, rank)(x, weight)          norm + projection + RoPE, this rank's heads
 context = SoftmaxContextOp(config, plan, rank)(q, k, v)     attention
 partial = LinearOp()(context, weight)                       output projection, to be summed over the ranks
+
+Made from a DeepSpeed config and nothing else, each takes DeepSpeed's arguments: those are in deepspeed_ops.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +18,18 @@ from tp_attention.config import AttentionConfig
 from tp_attention.sharding import ShardPlan
 
 
-class QKVGemmOp:
+class _Op:
+    """Makes DeepSpeed's variant of an operation where it is given a config that is not ours."""
+
+    def __new__(cls, config: Any = None, *args: Any, **keywords: Any) -> Any:
+        if config is None or isinstance(config, AttentionConfig):
+            return super().__new__(cls)
+        from tp_attention import deepspeed_ops  # it imports this module
+
+        return super().__new__(getattr(deepspeed_ops, cls.__name__))
+
+
+class QKVGemmOp(_Op):
     """Norm, the column-parallel QKV projection, q/k norm and RoPE."""
 
     def __init__(self, config: AttentionConfig, plan: ShardPlan, rank: int) -> None:
@@ -60,7 +75,7 @@ class QKVGemmOp:
         return q, k, v
 
 
-class SoftmaxContextOp:
+class SoftmaxContextOp(_Op):
     """Attention of this rank's query heads over this rank's kv heads."""
 
     def __init__(self, config: AttentionConfig, plan: ShardPlan, rank: int) -> None:
@@ -102,7 +117,7 @@ class SoftmaxContextOp:
         return context.flatten(2)
 
 
-class LinearOp:
+class LinearOp(_Op):
     """y = x @ weightᵀ (+ bias); a partial sum where x and weight hold this rank's columns (row parallel)."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

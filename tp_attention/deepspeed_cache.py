@@ -1,0 +1,84 @@
+"""The keys and values that a layer remembers by itself between calls, as DeepSpeed's layers do.
+
+A prompt's are kept as the projection made them; only when a token follows are they put into a cache. What callers were
+given is never written again: tokens that are replaced go to new memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tp_attention.cache import LayerCache
+from tp_attention.deepspeed_config import Settings
+
+Past = tuple[Tensor, Tensor]  # keys and values [B, kv heads, S, D]
+
+
+class OwnKeys:
+    """Keys and values by layer_id; a layer that is not causal has none, as its tokens see later ones too."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.causal, self.most = settings.attention.causal, settings.max_out_tokens
+        self._past: dict[int, tuple[Tensor, Tensor] | LayerCache] = {}  # tensors [B, S, kv heads, D]
+
+    def begin(
+        self, layer: int, tokens: int, layer_past: Past | None, is_prompt: bool | None, token_idx: Tensor | int | None
+    ) -> int:
+        """At which position a call's first token sits. A prompt (None: more than one token) forgets what there is.
+
+        token_idx: the tokens there will be, with the call's own. Raises ValueError where that leaves a gap or exceeds
+        max_out_tokens, and where there cannot be anything to continue.
+        """
+        if layer_past is not None:
+            return layer_past[0].shape[2]
+        if is_prompt is None:
+            is_prompt = tokens > 1 or not self.causal
+        if not is_prompt and not self.causal:
+            raise ValueError("a layer without triangular_masking keeps no keys; pass layer_past, or all tokens")
+        if is_prompt:
+            self._past.pop(layer, None)
+        have = self._length(layer)
+        start = have if token_idx is None or is_prompt else int(token_idx) - tokens
+        if not 0 <= start <= have or (is_prompt and token_idx is not None and not 0 < int(token_idx) <= tokens):
+            raise ValueError(f"token_idx={int(token_idx or 0)} does not fit {have} tokens so far and {tokens} new ones")
+        if self.causal and self.most is not None and start + tokens > self.most:
+            raise ValueError(
+                f"{start} + {tokens} tokens exceed max_out_tokens={self.most}; raise it in the config, or start anew "
+                "with first_token=True"
+            )
+        return start
+
+    def extend(
+        self, layer: int, start: int, k: Tensor, v: Tensor, layer_past: Past | None, token_idx: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        """k, v [B, T, kv heads, D], the first at `start`, behind those before them: all, [B, S, kv heads, D]."""
+        if layer_past is not None:
+            keys, values = (past.transpose(1, 2) for past in layer_past)
+            return torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
+        past = self._past.get(layer)
+        if past is None:
+            if self.causal:
+                length = k.shape[1] if token_idx is None else int(token_idx)
+                self._past[layer] = k[:, :length], v[:, :length]
+            return k, v
+        stop = start + k.shape[1]
+        if isinstance(past, LayerCache) and past.length == start and stop <= past.keys.shape[1]:
+            return past.append(k, v)
+        keys, values = (past.keys, past.values) if isinstance(past, LayerCache) else past
+        shape = keys.shape[0], self.most or 2 * stop, *keys.shape[2:]
+        cache = LayerCache(keys.new_empty(shape), values.new_empty(shape))
+        cache.append(keys[:, :start], values[:, :start])
+        both = cache.append(k, v)
+        self._past[layer] = cache
+        return both
+
+    def reset(self) -> None:
+        """Forget all of them."""
+        self._past.clear()
+
+    def _length(self, layer: int) -> int:
+        past = self._past.get(layer)
+        if past is None:
+            return 0
+        return past.length if isinstance(past, LayerCache) else past[0].shape[1]

@@ -1,0 +1,63 @@
+"""Masks, biases and packed projections as DeepSpeed's users hand them over, as functional.attention takes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tp_attention.sharding import Range
+
+
+def attention_mask(mask: Tensor | bool | None, keep: bool = True) -> Tensor | None:
+    """A mask of DeepSpeed's conventions as functional.attention's: bool (True = kept) or float (added to the scores).
+
+    Integers and bools say which keys to keep: those that are not 0, or with keep=False those that are. Floats are
+    added, whatever they are. None and False are no mask.
+    """
+    if mask is None or mask is False:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"input_mask={mask!r} is no mask; pass a tensor, None or False")
+    return mask if mask.is_floating_point() else (mask != 0) == keep
+
+
+def with_bias(mask: Tensor | None, alibi: Tensor | None, batch: int, heads: int, local: Range) -> Tensor | None:
+    """The mask and ALiBi's bias [B·heads, 1 or T, S] as one mask of this rank's heads.
+
+    heads: of the whole layer; local: those of this rank. A mask with a heads dimension has all heads, or this rank's.
+    Raises ValueError when alibi has another number of rows.
+    """
+    start, stop = local
+    if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
+        mask = mask[:, start:stop]
+    if alibi is None:
+        return mask
+    if alibi.dim() != 3 or alibi.shape[0] != batch * heads:
+        raise ValueError(
+            f"alibi has shape {list(alibi.shape)}; expected [B * heads, 1, S] with all {heads} heads of {batch} "
+            f"sequences, so {batch * heads} rows, on every rank"
+        )
+    bias = alibi.unflatten(0, (batch, heads))[:, start:stop].float()
+    if mask is None:
+        return bias
+    mask = mask[:, None, None, :] if mask.dim() == 2 else mask
+    return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, -torch.inf)
+
+
+def split_qkv(
+    qkv: Tensor, heads: int, kv_heads: int, head_dim: int, per_head: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (heads + 2·kv_heads)·D] -> views q [B, T, heads, D], k and v [B, T, kv_heads, D].
+
+    per_head: the columns are each head's q, k, v in turn, and not all q, all k, all v.
+    """
+    columns = (heads + 2 * kv_heads) * head_dim
+    if qkv.dim() != 3 or qkv.shape[2] != columns:
+        raise ValueError(
+            f"qkv has shape {list(qkv.shape)}; expected [B, T, {columns}] for {heads} + 2·{kv_heads} heads"
+        )
+    if per_head:
+        q, k, v = qkv.unflatten(2, (heads, 3, head_dim)).unbind(3)
+    else:
+        q, k, v = qkv.unflatten(2, (-1, head_dim)).split_with_sizes([heads, kv_heads, kv_heads], dim=2)
+    return q, k, v

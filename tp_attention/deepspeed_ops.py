@@ -1,0 +1,298 @@
+"""The four operations with DeepSpeed's arguments, and its softmax, score_4d_matmul and context_4d_matmul.
+
+    qkv, normed = QKVGemmOp(config)(x, weight, bias, gamma, beta)
+    context, key, value = SoftmaxContextOp(config)(qkv, mask, heads, num_kv, norm_factor, …)
+    output = VectorMatMulOp(config)(context, weight)
+
+Made through ops.py's names from a DeepSpeed config. Weights are [in, out], or [out, in] in transposed_mode; int8 ones
+carry their scales, fp32 [out, in / group], as an attribute `scale`. There is no workspace: results are new tensors, or
+views of a call's own, and later calls leave them alone. What is meant for DeepSpeed's own scheduling is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_attention import functional, ops
+from tp_attention.deepspeed_cache import OwnKeys, Past
+from tp_attention.deepspeed_config import Settings, read
+from tp_attention.deepspeed_masks import attention_mask, split_qkv, with_bias
+from tp_attention.rope import RotaryEmbedding, apply_rope
+from tp_attention.sharding import ShardPlan
+
+PATHS = ("flash", "softmax_context", "torch")
+
+
+class QKVGemmOp(ops.QKVGemmOp):
+    """Norm and the QKV projection."""
+
+    def __init__(self, config: Any) -> None:
+        self.settings = read(config)
+
+    def __call__(  # type: ignore[override]
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+        *,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        normed: bool = False,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """input [B, T, E] -> qkv [B, T, columns of weight], norm(input) [B, T, E].
+
+        gamma, beta [E]: the norm's weight and bias. normed: input is already. rope: cos, sin [B or 1, T, n], which turn
+        q and k of so many heads and kv_heads.
+        """
+        settings = self.settings
+        weight, transposed, scale = _weight(weight, settings)
+        result = functional.norm_qkv(
+            input,
+            weight,
+            bias,
+            norm=None if normed else settings.norm,
+            norm_weight=gamma,
+            norm_bias=beta,
+            eps=settings.attention.norm_eps,
+            return_normed=True,
+            transposed=transposed,
+            weight_scale=scale,
+            heads=heads,
+            kv_heads=kv_heads,
+            rope=rope,
+            interleaved=_interleaved(settings),
+            backend=backend,
+        )
+        return result[0], result[1]
+
+
+class LinearOp(ops.LinearOp):
+    """A projection with bias."""
+
+    def __init__(self, config: Any) -> None:
+        self.settings = read(config)
+
+    def __call__(  # type: ignore[override]
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        add_bias: bool = True,
+        do_flash_attn: bool = False,
+        num_heads: int | None = None,
+        external_cache: bool | None = None,
+        num_layers: int | None = None,
+        *,
+        backend: str = "auto",
+    ) -> Tensor:
+        """input [..., in] -> [..., out]; bias [out] only if add_bias. num_heads and num_layers change nothing here."""
+        if do_flash_attn or external_cache:
+            raise ValueError("do_flash_attn and external_cache are not for a projection here; leave them out")
+        weight, transposed, scale = _weight(weight, self.settings)
+        return functional.linear(
+            input, weight, bias if add_bias else None, transposed=transposed, weight_scale=scale, backend=backend
+        )
+
+
+class VectorMatMulOp(ops.VectorMatMulOp):
+    """The output projection without bias: a partial sum where weight holds one rank's rows."""
+
+    def __init__(self, config: Any) -> None:
+        self.settings = read(config)
+
+    def __call__(  # type: ignore[override]
+        self,
+        input: Tensor,
+        weight: Tensor,
+        async_op: bool = False,
+        *,
+        bias: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """input [..., in] -> [..., out]. bias: [out], where it is to be added here."""
+        if async_op:
+            raise ValueError("async_op=True is not supported; the product is on the current stream")
+        weight, transposed, scale = _weight(weight, self.settings)
+        return functional.linear(input, weight, bias, transposed=transposed, weight_scale=scale, backend=backend)
+
+
+class SoftmaxContextOp(ops.SoftmaxContextOp):
+    """Attention, with RoPE and the keys and values so far of each layer_id.
+
+    plan, rank: whose heads these are, where a layer is cut over ranks; None for all of them.
+    """
+
+    def __init__(self, config: Any, plan: ShardPlan | None = None, rank: int = 0) -> None:
+        self.settings = read(config)
+        self.plan, self.rank = plan or ShardPlan.for_layer(self.settings.attention, 1), rank
+        rope = self.settings.attention.rope
+        self.rotary = None if rope is None else RotaryEmbedding(rope, self.settings.attention.head_dim)
+        self.keys = OwnKeys(self.settings)
+
+    def __call__(  # type: ignore[override]
+        self,
+        query_key_value: Tensor,
+        attn_mask: Tensor | bool | None,
+        heads: int | None = None,
+        num_kv: int | None = None,
+        norm_factor: float | None = None,
+        no_masking: bool = False,
+        layer_id: int = 0,
+        num_layers: int | None = None,
+        alibi: Tensor | None = None,
+        is_prompt: bool | None = None,
+        token_idx: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        layer_past: Past | None = None,
+        memory: Tensor | None = None,
+        rotated: bool = False,
+        alibi_slopes: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        path: str = "flash",
+    ) -> tuple[Tensor, ...]:
+        """qkv [B, T, columns] -> context [B, T, heads·D], key and value [B, kv heads, S, D], probabilities if wanted.
+
+        heads, num_kv: this rank's, None (or num_kv < 1: as many as heads) for the config's. norm_factor: its square
+        multiplies scores, None for the config's. attn_mask: integers keep, floats are added. alibi: [B·heads, 1, S].
+        layer_past: keys and values before these; None for those this op has of layer_id, none where is_prompt (None:
+        T > 1, and always where the layer is not causal, which keeps none). token_idx: tokens with this call's, where
+        some of a prompt are padding, or a token is to be replaced. position_ids: [B or 1, T] for RoPE. memory: keys and
+        values [B, S, 2·kv heads·D] to attend to instead, all of them. rotated: RoPE is done.
+        head_mask: broadcast to [B, heads, T, S], multiplies probabilities. path: one of PATHS.
+        """
+        settings, attention = self.settings, self.settings.attention
+        local = self.plan.local_heads(self.rank) if heads is None else heads
+        local_kv = self.plan.local_kv_heads(self.rank) if heads is None and num_kv is None else num_kv
+        local_kv = local if local_kv is None or local_kv < 1 else local_kv
+        _one_of("path", path, PATHS)
+        mask = None if no_masking else attention_mask(attn_mask, settings.keep)
+        causal = attention.causal and memory is None
+        window = None if memory is not None else attention.window
+        if memory is not None:
+            q = query_key_value.unflatten(2, (-1, attention.head_dim))
+            k, v = memory.unflatten(2, (2, local_kv, attention.head_dim)).unbind(2)
+        else:
+            q, k, v = split_qkv(query_key_value, local, local_kv, attention.head_dim, settings.per_head_qkv)
+            start = self.keys.begin(layer_id, q.shape[1], layer_past, is_prompt, token_idx)
+            if self.rotary is not None and not rotated:
+                cos, sin = angles(self.rotary, start, q.shape[1], position_ids, q.device)
+                q, k = (apply_rope(x, cos, sin, _interleaved(settings)) for x in (q, k))
+            k, v = self.keys.extend(layer_id, start, k, v, layer_past, token_idx)
+        mask = with_bias(mask, alibi, q.shape[0], *self._heads(local))
+        features: dict[str, Any] = {
+            "scale": settings.scale(layer_id) if norm_factor is None else norm_factor**2,
+            "causal": causal,
+            "window": window,
+            "mask": mask,
+            "softcap": attention.softcap,
+            "alibi_slopes": alibi_slopes,
+            **self._groups(local, local_kv),
+        }
+        context, *probabilities = attend(q, k, v, path, head_mask, output_attentions, **features)
+        return (context.flatten(2), k.transpose(1, 2), v.transpose(1, 2), *probabilities)
+
+    def _heads(self, local: int) -> tuple[int, tuple[int, int]]:
+        """How many heads biases and masks have, and which are this rank's."""
+        if local == self.plan.local_heads(self.rank):
+            return self.plan.heads, self.plan.q_heads(self.rank)
+        return local, (0, local)
+
+    def _groups(self, local: int, local_kv: int) -> dict[str, int]:
+        if local == self.plan.local_heads(self.rank) and local_kv == self.plan.local_kv_heads(self.rank):
+            q_start, kv_start = self.plan.q_heads(self.rank)[0], self.plan.kv_head_range(self.rank)[0]
+            return {"q_start": q_start, "group_size": self.plan.group_size, "kv_start": kv_start}
+        return {}
+
+
+def angles(
+    rotary: RotaryEmbedding, start: int, tokens: int, position_ids: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B or 1, T, n] of the tokens from `start` on, or at position_ids [B or 1, T] or [T]."""
+    if position_ids is None:
+        position_ids = torch.arange(start, start + tokens, device=device)
+    if position_ids.shape[-1:] != (tokens,):
+        raise ValueError(f"position_ids {list(position_ids.shape)} do not fit {tokens} tokens; expected [B or 1, T]")
+    return rotary(position_ids.view(-1, tokens))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, path: str, head_mask: Tensor | None, probabilities: bool, **features: Any
+) -> tuple[Tensor, ...]:
+    """Attention on one of three paths: context [B, T, heads, D], and the probabilities [B, heads, T, S] if wanted."""
+    backend = "torch" if path == "torch" else "auto"
+    if path != "softmax_context" and head_mask is None and not probabilities:
+        return (functional.attention(q, k, v, backend=backend, **features),)
+    context, weights = functional.softmax_context(q, k, v, backend=backend, **features)
+    if head_mask is not None:
+        weights = (weights * _per_head(head_mask, q.shape[2])).to(q.dtype)
+        groups = {name: features[name] for name in ("q_start", "group_size", "kv_start") if name in features}
+        context = functional.context_4d_matmul(weights, v, backend=backend, **groups)
+    return (context, weights) if probabilities else (context,)
+
+
+def score_4d_matmul(input: Tensor, head_size: int, triangular: bool, scale: float) -> Tensor:
+    """Scores [B, heads, T, T] in fp32 of a packed qkv [B, T, 3·heads·D]; triangular: −inf for later keys."""
+    q, k, _ = _packed(input, head_size)
+    return functional.score_4d_matmul(q, k, scale=scale, causal=triangular)
+
+
+def softmax(input: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
+    """Softmax over the last dimension of scores [B, heads, T, S], in their dtype. mask: integers keep, floats add."""
+    if dim not in (-1, input.dim() - 1):
+        raise ValueError(f"dim={dim} is not supported; softmax is over the last dimension, the keys")
+    return functional.softmax(input, mask=attention_mask(mask))
+
+
+def context_4d_matmul(prob: Tensor, input: Tensor, head_size: int) -> Tensor:
+    """prob [B, heads, T, T] @ values of a packed qkv [B, T, 3·heads·D] -> [B, T, heads·D]."""
+    return functional.context_4d_matmul(prob, _packed(input, head_size)[2]).flatten(2)
+
+
+def _packed(qkv: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    if head_size < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * head_size):
+        raise ValueError(f"qkv {list(qkv.shape)} does not hold q, k and v of whole heads of {head_size}")
+    heads = qkv.shape[2] // (3 * head_size)
+    return split_qkv(qkv, heads, heads, head_size)
+
+
+def _weight(weight: Tensor, settings: Settings) -> tuple[Tensor, bool, Tensor | None]:
+    """The weight as functional.linear takes it: itself, whether it is [in, out], and its scales if it is int8."""
+    if weight.dtype != torch.int8:
+        return weight, not settings.transposed, None
+    scale = getattr(weight, "scale", None)
+    if scale is None or scale.dim() != 2:
+        found = "none" if scale is None else f"a scale {list(scale.shape)}"
+        raise ValueError(
+            f"an int8 weight needs an attribute `scale`, fp32 [out, in / group], and has {found}; "
+            "TritonSelfAttention(q_scales=…) makes it of DeepSpeed's"
+        )
+    return weight if settings.transposed else weight.T, False, scale
+
+
+def _interleaved(settings: Settings) -> bool:
+    rope = settings.attention.rope
+    return rope is not None and rope.interleaved
+
+
+def _per_head(head_mask: Tensor, heads: int) -> Tensor:
+    """head_mask [heads], or 4-D and broadcastable to [B, heads, T, S], as 4-D."""
+    mask = head_mask[None, :, None, None] if head_mask.dim() == 1 else head_mask
+    if mask.dim() != 4 or mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"head_mask has shape {list(head_mask.shape)}; expected [{heads}], or 4-D with 1 or {heads} heads"
+        )
+    return mask
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; use one of {', '.join(known)}")
