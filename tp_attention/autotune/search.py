@@ -26,7 +26,7 @@ from torch import Tensor
 from tp_attention.autotune.comparison import TOLERANCE, first, relative_error, winner
 from tp_attention.autotune.layer import Launch
 from tp_attention.autotune.spaces import SPACES, Entry, entry
-from tp_attention.kernels import configs
+from tp_attention.kernels import configs, replay
 
 log = logging.getLogger("tp_attention")
 
@@ -82,7 +82,8 @@ def forced(launch: Launch, kernel: str, key: configs.Key, config: Any) -> Any:
 def _run(launch: Launch, answer: Callable[[str, configs.Key], Any]) -> Any:
     token = _answer.set(answer)
     try:
-        return launch()
+        with replay.paused():  # or it would start the kernel that it started before
+            return launch()
     finally:
         _answer.reset(token)
 

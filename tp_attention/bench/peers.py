@@ -177,8 +177,9 @@ def _deepspeed_flash(causal: bool) -> Prepare:
 
     def prepare(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         module = "deepspeed.ops.transformer.inference.triton.attention"
-        flash, constant = _from(module, "_triton_packed_flash"), _from(module, "minus_inf")
-        if isinstance(constant, float):  # its kernel reads this global, which Triton 3 refuses unless it is a constexpr
+        flash = _from(module, "_triton_packed_flash")
+        constant = getattr(importlib.import_module(module), "minus_inf", None)
+        if isinstance(constant, float):  # older kernels read this global, which Triton 3 wants as a constexpr
             importlib.import_module(module).minus_inf = importlib.import_module("triton.language").constexpr(constant)  # type: ignore[attr-defined]
         qkv, head_dim = _packed(q, k, v), q.shape[3]
         scale = 1 / math.sqrt(head_dim)

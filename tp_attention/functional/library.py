@@ -42,6 +42,16 @@ _TYPES = {
 }
 
 
+@functools.cache
+def _again() -> Callable[..., Any]:
+    """replay.again, or a plain call where Triton is missing."""
+    try:
+        from tp_attention.kernels.replay import again
+    except ImportError:
+        return lambda function, args, keywords: function(*args, **keywords)
+    return again
+
+
 def traceable(
     fake: Callable[..., list[Tensor]], *, check: Callable[..., Any] | None = None, mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
@@ -91,8 +101,10 @@ def traceable(
 
         @functools.wraps(function)
         def wrapper(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-            first = args[0] if args else keywords.get(names[0])
+            first: Any = args[0] if args else keywords.get(names[0])
             if not torch.compiler.is_compiling() and type(first) is not FakeTensor:
+                if isinstance(first, Tensor) and first.is_cuda:
+                    return _again()(function, args, keywords)
                 return function(*args, **keywords)
             given = [*positional[: len(args)], *keywords]
             fits = len(args) <= len(positional) and len(given) == len(set(given))

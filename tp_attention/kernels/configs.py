@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from tp_attention.kernels import replay
+
 Config = TypeVar("Config")
 Key = tuple[Hashable, ...]
 
@@ -35,6 +37,7 @@ def choose(kernel: str, table: Mapping[Any, Config], key: Key, config: Config | 
 def remember(kernel: str, key: Key, config: object) -> None:
     """Use `config` for this kernel and key from now on, in this process."""
     _autotuned[kernel, key] = config
+    replay.forget()
 
 
 @functools.cache

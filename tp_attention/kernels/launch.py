@@ -1,7 +1,8 @@
 """Launching a kernel on its tensors' device, and the second time without Triton's look-up of what to run.
 
 Triton derives that anew from every argument on every call, in Python: some 50 µs for an attention kernel, more than
-many of them run. Here the same is looked up by one tuple, then the compiled kernel is called directly.
+many of them run. Here the same is looked up by one tuple, then the compiled kernel is called directly. replay.py does
+without that too, for a function that is called again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from tp_attention.kernels import configs
+from tp_attention.kernels import configs, replay
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -57,7 +58,10 @@ def _launch(
         *[_kind(arg, special) for arg, special in zip(args, specialised, strict=False)],
     )  # fmt: skip
     compiled = _compiled.get(key)
+    watch = replay.watched()
     if compiled is None:
+        if watch is not None:
+            watch.compiled = True
         if [*constexprs] != kernel.arg_names[len(args) :]:
             raise TypeError(f"{kernel.__name__} takes {kernel.arg_names[len(args) :]}, got {[*constexprs]}")
         _compiled[key] = kernel[grid](*args, **constexprs, **options)
@@ -65,9 +69,18 @@ def _launch(
     values = *args, *constexprs.values()
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # profilers set these
-    metadata = compiled.launch_metadata((x, y, z), stream, *values)
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *values)
+    hooks, metadata = (None, None), None
+    if replay.profiled():
+        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        metadata = compiled.launch_metadata((x, y, z), stream, *values)
+
+    def run() -> None:
+        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *values)
+
+    if watch is None:
+        run()
+    else:
+        watch.launched(compiled, values, run)
 
 
 def _kind(arg: Any, specialised: bool) -> Any:
