@@ -131,7 +131,14 @@ class SoftmaxContextOp(ops.SoftmaxContextOp):
 
     def __init__(self, config: Any, plan: ShardPlan | None = None, rank: int = 0) -> None:
         self.settings = read(config)
-        self.plan, self.rank = plan or ShardPlan.for_layer(self.settings.attention, 1), rank
+        plan = plan or ShardPlan.for_layer(self.settings.attention, 1)
+        self.heads, self.span = plan.heads, plan.q_heads(rank)
+        self.local_heads, self.local_kv_heads = plan.local_heads(rank), plan.local_kv_heads(rank)
+        self.groups = {
+            "q_start": self.span[0],
+            "group_size": plan.group_size,
+            "kv_start": plan.kv_head_range(rank)[0],
+        }
         rope = self.settings.attention.rope
         self.rotary = None if rope is None else RotaryEmbedding(rope, self.settings.attention.head_dim)
         self.keys = OwnKeys(self.settings)
@@ -170,9 +177,10 @@ class SoftmaxContextOp(ops.SoftmaxContextOp):
         head_mask: broadcast to [B, heads, T, S], multiplies probabilities. path: one of PATHS.
         """
         settings, attention = self.settings, self.settings.attention
-        local = self.plan.local_heads(self.rank) if heads is None else heads
-        local_kv = self.plan.local_kv_heads(self.rank) if heads is None and num_kv is None else num_kv
+        local = self.local_heads if heads is None else heads
+        local_kv = self.local_kv_heads if heads is None and num_kv is None else num_kv
         local_kv = local if local_kv is None or local_kv < 1 else local_kv
+        ours = (local, local_kv) == (self.local_heads, self.local_kv_heads)  # else some that the caller knows of
         _one_of("path", path, PATHS)
         mask = None if no_masking else attention_mask(attn_mask, settings.keep)
         causal = attention.causal and memory is None
@@ -187,7 +195,7 @@ class SoftmaxContextOp(ops.SoftmaxContextOp):
                 cos, sin = angles(self.rotary, start, q.shape[1], position_ids, q.device)
                 q, k = (apply_rope(x, cos, sin, _interleaved(settings)) for x in (q, k))
             k, v = self.keys.extend(layer_id, start, k, v, layer_past, token_idx)
-        mask = with_bias(mask, alibi, q.shape[0], *self._heads(local))
+        mask = with_bias(mask, alibi, q.shape[0], *((self.heads, self.span) if ours else (local, (0, local))))
         features: dict[str, Any] = {
             "scale": settings.scale(layer_id) if norm_factor is None else norm_factor**2,
             "causal": causal,
@@ -195,22 +203,10 @@ class SoftmaxContextOp(ops.SoftmaxContextOp):
             "mask": mask,
             "softcap": attention.softcap,
             "alibi_slopes": alibi_slopes,
-            **self._groups(local, local_kv),
+            **(self.groups if ours else {}),
         }
         context, *probabilities = attend(q, k, v, path, head_mask, output_attentions, **features)
         return (context.flatten(2), k.transpose(1, 2), v.transpose(1, 2), *probabilities)
-
-    def _heads(self, local: int) -> tuple[int, tuple[int, int]]:
-        """How many heads biases and masks have, and which are this rank's."""
-        if local == self.plan.local_heads(self.rank):
-            return self.plan.heads, self.plan.q_heads(self.rank)
-        return local, (0, local)
-
-    def _groups(self, local: int, local_kv: int) -> dict[str, int]:
-        if local == self.plan.local_heads(self.rank) and local_kv == self.plan.local_kv_heads(self.rank):
-            q_start, kv_start = self.plan.q_heads(self.rank)[0], self.plan.kv_head_range(self.rank)[0]
-            return {"q_start": q_start, "group_size": self.plan.group_size, "kv_start": kv_start}
-        return {}
 
 
 def angles(
