@@ -232,6 +232,31 @@ def test_overrun_raises_and_nothing_is_lost():
         attention(x[:, 6:], None)
 
 
+@pytest.mark.parametrize("name", ("as it comes", "post-LN, not causal", "rotate_half", "GQA", "bloom", "transposed"))
+@torch.no_grad()
+def test_the_same_call_again_and_again(name):
+    """A GPU makes the launches alone from the third on; every result is fresh, and its keys can be continued."""
+    cfg = layer.config(**{**CONFIGS[name], "dtype": torch.float16, "hidden_size": 128, "heads": 4})
+    attention, weights = make(cfg), {n: w.half().float() for n, w in layer.make_weights(cfg).items()}
+    norm = layer.make_norm(cfg) if getattr(cfg, "pre_layer_norm", True) else {}
+    norm = {n: w.half().float() for n, w in norm.items()}
+    ours = on_device(cfg, **norm)[0]
+    kept, found = keep(2, 70), []
+    for seed in range(6 if DEVICE == "cuda" else 2):
+        x = layer.make_input(cfg, tokens=70, seed=seed).half().float()
+        x_, mask = on_device(cfg, x, kept)[:2]
+        results = attention(x_[:, :69], mask[:, :69], **ours)
+        found.append((results, [each.clone() for each in results]))
+        truth = layer.expected(cfg, weights, x[:, :69], kept[:, :69], **norm)
+        for what, result in zip(NAMES[:5], results, strict=True):
+            assert_close(result.cpu(), truth[what], torch.float16)
+        if attention.triangular_masking:
+            last = attention(x_[:, 69:], mask, **ours)[0]
+            assert_close(last.cpu(), layer.expected(cfg, weights, x, kept, **norm)["output"][:, 69:], torch.float16)
+    for results, then in found:
+        assert all(torch.equal(*pair) for pair in zip(results, then, strict=True))
+
+
 # Weights
 
 

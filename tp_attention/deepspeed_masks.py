@@ -18,7 +18,10 @@ def attention_mask(mask: Tensor | bool | None, keep: bool = True) -> Tensor | No
         return None
     if not isinstance(mask, Tensor):
         raise ValueError(f"input_mask={mask!r} is no mask; pass a tensor, None or False")
-    return mask if mask.is_floating_point() else (mask != 0) == keep
+    if mask.is_floating_point():
+        return mask
+    kept = mask if mask.dtype == torch.bool else mask != 0
+    return kept if keep else ~kept
 
 
 def with_bias(mask: Tensor | None, alibi: Tensor | None, batch: int, heads: int, local: Range) -> Tensor | None:
