@@ -319,7 +319,7 @@ class Watch(TorchDispatchMode):
                 else:
                     maps.append((at, place, {}, _Descriptor(value, 0), metadata))
             at += _slots((value, expanded, metadata))
-        for slot in [slot for slot, *_ in (*pointers, *maps)]:
+        for slot in [*(slot for slot, _ in pointers), *(slot for slot, *_ in maps)]:
             kernel[slot] = None  # not to keep tensors
         if at != len(kernel):
             raise _NotKept("Triton's launcher takes other arguments than expected")
