@@ -3,11 +3,14 @@
 python examples/attention_layer.py
 """
 
+import sys
+
 import torch
 
 from tp_attention import AttentionConfig, RopeConfig, ShardPlan, TPSelfAttention, launch
 
 CONFIG = AttentionConfig(hidden_size=576, heads=9, kv_heads=3, norm="rmsnorm", rope=RopeConfig(theta=1e5))
+LIMIT = 1e-5  # of numbers around 1, in fp32
 
 
 def whole_weights() -> dict[str, torch.Tensor]:
@@ -29,4 +32,7 @@ def forward() -> torch.Tensor:
 if __name__ == "__main__":
     print(ShardPlan.for_layer(CONFIG, 4).describe())
     (whole,), shards = launch.spawn(forward, 1), launch.spawn(forward, 4)
-    print(f"\ngreatest difference of 4 ranks from 1: {max((y - whole).abs().max().item() for y in shards):.1e}")
+    difference = max((y - whole).abs().max().item() for y in shards)
+    verdict = "equal" if difference <= LIMIT else "NOT EQUAL"
+    print(f"\n{verdict}: greatest difference of 4 ranks from 1 {difference:.1e} (limit {LIMIT})")
+    sys.exit(difference > LIMIT)

@@ -3,6 +3,7 @@
 python examples/reshard_a_checkpoint.py
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,3 +24,5 @@ with tempfile.TemporaryDirectory() as folder:
     restored = dict(checkpoint.iter_tensors(back))
     same = [torch.equal(tensor, restored.pop(name)) for name, tensor in checkpoint.iter_tensors(source)]
     print(f"restored: {sum(same)} of {len(same)} tensors are the same, {len(restored)} are new")
+
+sys.exit(not all(same) or bool(restored))

@@ -6,6 +6,7 @@ Limit: one kind of device for the whole world; a host with too few GPUs puts all
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +85,7 @@ def init(
     if joins and device is None:
         device = groups.default_device()
     chosen = _pick_device(device, place.local_rank, place.local_size)
+    _share_cores(place)
     owner = size > 1 and not joins
     if owner:
         address, port, hosted = place.address, place.port, place.hosted
@@ -101,6 +103,15 @@ def init(
         raise
     log.info("rank %d of %d on %s, tp=%d, launcher %s", rank, size, chosen, tp, place.launcher)
     return World(rank, size, place.local_rank, chosen, place.launcher, tp_group, dp_group, owner)
+
+
+def _share_cores(place: environment.Environment) -> None:
+    """torch threads of this rank where its launcher left them to it: as many on every rank as there are cores is slow.
+
+    torchrun and our own spawn see to them.
+    """
+    if place.local_size > 1 and place.launcher != environment.TORCHRUN.name and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
 
 
 def _pick_device(device: torch.device | str | None, local_rank: int, local_size: int) -> torch.device:

@@ -7,6 +7,7 @@ import pytest
 
 from tp_attention import cli, launch
 from tp_attention.launch import environment, slurm
+from tp_attention.launch import world as world_module
 from tp_attention.launch.environment import Environment
 
 TORCHRUN = {
@@ -231,3 +232,23 @@ def test_local_rank_before_the_arguments(given, kept, local_rank, monkeypatch):
         cli.main()
         assert sys.argv == ["tp-attention", *kept]
         assert os.environ.get("LOCAL_RANK") == after
+
+
+@pytest.mark.parametrize(
+    "launcher, local_size, variables, threads",
+    [
+        ("openmpi", 2, {}, 4),
+        ("deepspeed", 3, {}, 2),
+        ("mpich", 20, {}, 1),
+        ("srun", 1, {}, None),
+        ("torchrun", 2, {}, None),
+        ("openmpi", 2, {"OMP_NUM_THREADS": "3"}, None),
+    ],
+)
+def test_ranks_of_a_host_share_its_cores(monkeypatch, launcher, local_size, variables, threads):
+    asked = []
+    monkeypatch.setattr(world_module.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(world_module.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(world_module.os, "environ", variables)
+    world_module._share_cores(Environment(launcher, 0, local_size, 0, local_size))
+    assert asked == ([] if threads is None else [threads])
