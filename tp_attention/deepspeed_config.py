@@ -134,7 +134,7 @@ def _ours(config: AttentionConfig) -> Settings:
 
 
 def _rope(fields: dict[str, Any]) -> RopeConfig | None:
-    if fields["rotary_dim"] <= 0:
+    if (fields["rotary_dim"] or -1) <= 0:  # None: what some models' configs have
         return None
     if not (fields["rotate_half"] or fields["rotate_every_two"]):
         raise ValueError(

@@ -27,12 +27,12 @@ def attention_mask(mask: Tensor | bool | None, keep: bool = True) -> Tensor | No
 def with_bias(mask: Tensor | None, alibi: Tensor | None, batch: int, heads: int, local: Range) -> Tensor | None:
     """The mask and ALiBi's bias [B·heads, 1 or T, S] as one mask of this rank's heads.
 
-    heads: of the whole layer; local: those of this rank. A mask with a heads dimension has all heads, or this rank's.
-    Raises ValueError when alibi has another number of rows.
+    heads: of the whole layer; local: those of this rank. A mask with a heads dimension has all heads.
+    Raises ValueError where mask or alibi have another number of them.
     """
     start, stop = local
-    if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
-        mask = mask[:, start:stop]
+    if mask is not None and mask.dim() == 4:
+        mask = local_heads("mask", mask, heads, local)
     if alibi is None:
         return mask
     if alibi.dim() != 3 or alibi.shape[0] != batch * heads:
@@ -45,6 +45,17 @@ def with_bias(mask: Tensor | None, alibi: Tensor | None, batch: int, heads: int,
         return bias
     mask = mask[:, None, None, :] if mask.dim() == 2 else mask
     return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, -torch.inf)
+
+
+def local_heads(what: str, x: Tensor, heads: int, local: Range) -> Tensor:
+    """This rank's part of x [heads] or [B, heads or 1, T, S]. Raises ValueError on another number of heads."""
+    dim = 0 if x.dim() == 1 else 1
+    if x.dim() not in (1, 4) or x.shape[dim] not in ((heads,) if dim == 0 else (1, heads)):
+        raise ValueError(
+            f"{what} has shape {list(x.shape)}; expected all {heads} heads on every rank: [{heads}], or 4-D with 1 or "
+            f"{heads} of them"
+        )
+    return x if x.shape[dim] == 1 and dim == 1 else x.narrow(dim, local[0], local[1] - local[0])
 
 
 def split_qkv(

@@ -5,8 +5,9 @@
     output = VectorMatMulOp(config)(context, weight)
 
 Made through ops.py's names from a DeepSpeed config. Weights are [in, out], or [out, in] in transposed_mode; int8 ones
-carry their scales, fp32 [out, in / group], as an attribute `scale`. There is no workspace: results are new tensors, or
-views of a call's own, and later calls leave them alone. What is meant for DeepSpeed's own scheduling is refused.
+carry their scales, fp32 [out, in / group], as an attribute `scale`, or come with weight_scale. There is no workspace:
+results are new tensors, or views of a call's own, and later calls leave them alone. What is meant for DeepSpeed's own
+scheduling is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from tp_attention import functional, ops
 from tp_attention.deepspeed_cache import OwnKeys, Past
 from tp_attention.deepspeed_config import Settings, read
-from tp_attention.deepspeed_masks import attention_mask, split_qkv, with_bias
+from tp_attention.deepspeed_masks import attention_mask, local_heads, split_qkv, with_bias
 from tp_attention.rope import RotaryEmbedding, apply_rope
 from tp_attention.sharding import ShardPlan
 
@@ -44,6 +45,7 @@ class QKVGemmOp(ops.QKVGemmOp):
         kv_heads: int | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         normed: bool = False,
+        weight_scale: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """input [B, T, E] -> qkv [B, T, columns of weight], norm(input) [B, T, E].
@@ -52,14 +54,14 @@ class QKVGemmOp(ops.QKVGemmOp):
         q and k of so many heads and kv_heads.
         """
         settings = self.settings
-        weight, transposed, scale = _weight(weight, settings)
+        weight, transposed, scale = weight_of(weight, settings, weight_scale)
         result = functional.norm_qkv(
             input,
             weight,
             bias,
             norm=None if normed else settings.norm,
-            norm_weight=gamma,
-            norm_bias=beta,
+            norm_weight=None if normed else gamma,
+            norm_bias=None if normed else beta,
             eps=settings.attention.norm_eps,
             return_normed=True,
             transposed=transposed,
@@ -90,12 +92,13 @@ class LinearOp(ops.LinearOp):
         external_cache: bool | None = None,
         num_layers: int | None = None,
         *,
+        weight_scale: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """input [..., in] -> [..., out]; bias [out] only if add_bias. num_heads and num_layers change nothing here."""
         if do_flash_attn or external_cache:
             raise ValueError("do_flash_attn and external_cache are not for a projection here; leave them out")
-        weight, transposed, scale = _weight(weight, self.settings)
+        weight, transposed, scale = weight_of(weight, self.settings, weight_scale)
         return functional.linear(
             input, weight, bias if add_bias else None, transposed=transposed, weight_scale=scale, backend=backend
         )
@@ -114,12 +117,13 @@ class VectorMatMulOp(ops.VectorMatMulOp):
         async_op: bool = False,
         *,
         bias: Tensor | None = None,
+        weight_scale: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """input [..., in] -> [..., out]. bias: [out], where it is to be added here."""
         if async_op:
             raise ValueError("async_op=True is not supported; the product is on the current stream")
-        weight, transposed, scale = _weight(weight, self.settings)
+        weight, transposed, scale = weight_of(weight, self.settings, weight_scale)
         return functional.linear(input, weight, bias, transposed=transposed, weight_scale=scale, backend=backend)
 
 
@@ -194,7 +198,7 @@ class SoftmaxContextOp(ops.SoftmaxContextOp):
             if self.rotary is not None and not rotated:
                 cos, sin = angles(self.rotary, start, q.shape[1], position_ids, q.device)
                 q, k = (apply_rope(x, cos, sin, _interleaved(settings)) for x in (q, k))
-            k, v = self.keys.extend(layer_id, start, k, v, layer_past, token_idx)
+            k, v, kept = self.keys.join(layer_id, start, k, v, layer_past, token_idx)
         mask = with_bias(mask, alibi, q.shape[0], *((self.heads, self.span) if ours else (local, (0, local))))
         features: dict[str, Any] = {
             "scale": settings.scale(layer_id) if norm_factor is None else norm_factor**2,
@@ -206,6 +210,8 @@ class SoftmaxContextOp(ops.SoftmaxContextOp):
             **(self.groups if ours else {}),
         }
         context, *probabilities = attend(q, k, v, path, head_mask, output_attentions, **features)
+        if memory is None:
+            self.keys.keep(layer_id, kept)  # only now: a call that fails leaves what there was
         return (context.flatten(2), k.transpose(1, 2), v.transpose(1, 2), *probabilities)
 
 
@@ -215,9 +221,9 @@ def angles(
     """cos and sin [B or 1, T, n] of the tokens from `start` on, or at position_ids [B or 1, T] or [T]."""
     if position_ids is None:
         position_ids = torch.arange(start, start + tokens, device=device)
-    if position_ids.shape[-1:] != (tokens,):
+    if position_ids.dim() not in (1, 2) or position_ids.shape[-1] != tokens:
         raise ValueError(f"position_ids {list(position_ids.shape)} do not fit {tokens} tokens; expected [B or 1, T]")
-    return rotary(position_ids.view(-1, tokens))
+    return rotary(position_ids if position_ids.dim() == 2 else position_ids[None])
 
 
 def attend(
@@ -229,16 +235,22 @@ def attend(
         return (functional.attention(q, k, v, backend=backend, **features),)
     context, weights = functional.softmax_context(q, k, v, backend=backend, **features)
     if head_mask is not None:
-        weights = (weights * _per_head(head_mask, q.shape[2])).to(q.dtype)
+        mask = local_heads("head_mask", head_mask, q.shape[2], (0, q.shape[2]))
+        weights = (weights * (mask[:, None, None] if mask.dim() == 1 else mask)).to(q.dtype)
         groups = {name: features[name] for name in ("q_start", "group_size", "kv_start") if name in features}
         context = functional.context_4d_matmul(weights, v, backend=backend, **groups)
     return (context, weights) if probabilities else (context,)
 
 
-def score_4d_matmul(input: Tensor, head_size: int, triangular: bool, scale: float) -> Tensor:
-    """Scores [B, heads, T, T] in fp32 of a packed qkv [B, T, 3·heads·D]; triangular: −inf for later keys."""
-    q, k, _ = _packed(input, head_size)
-    return functional.score_4d_matmul(q, k, scale=scale, causal=triangular)
+def score_4d_matmul(qkv: Tensor, head_size: int, triangular: bool = False, scale: float = -1.0) -> Tensor:
+    """Scores [B, heads, T, T] in fp32 of a packed qkv [B, T, 3·heads·D]; triangular: −inf for later keys.
+
+    scale: as DeepSpeed's, where it is not positive scores are not scaled.
+    """
+    if not isinstance(triangular, bool):
+        raise ValueError(f"triangular is a {type(triangular).__name__}; pass a bool, and a mask to softmax")
+    q, k, _ = packed_qkv(qkv, head_size)
+    return functional.score_4d_matmul(q, k, scale=scale if scale > 0 else 1.0, causal=triangular)
 
 
 def softmax(input: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -248,28 +260,32 @@ def softmax(input: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     return functional.softmax(input, mask=attention_mask(mask))
 
 
-def context_4d_matmul(prob: Tensor, input: Tensor, head_size: int) -> Tensor:
+def context_4d_matmul(prob: Tensor, qkv: Tensor, head_size: int) -> Tensor:
     """prob [B, heads, T, T] @ values of a packed qkv [B, T, 3·heads·D] -> [B, T, heads·D]."""
-    return functional.context_4d_matmul(prob, _packed(input, head_size)[2]).flatten(2)
+    return functional.context_4d_matmul(prob, packed_qkv(qkv, head_size)[2]).flatten(2)
 
 
-def _packed(qkv: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def packed_qkv(qkv: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, T, heads, D] of a packed qkv [B, T, 3·heads·D]."""
     if head_size < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * head_size):
         raise ValueError(f"qkv {list(qkv.shape)} does not hold q, k and v of whole heads of {head_size}")
     heads = qkv.shape[2] // (3 * head_size)
     return split_qkv(qkv, heads, heads, head_size)
 
 
-def _weight(weight: Tensor, settings: Settings) -> tuple[Tensor, bool, Tensor | None]:
+def weight_of(
+    weight: Tensor, settings: Settings, weight_scale: Tensor | None = None
+) -> tuple[Tensor, bool, Tensor | None]:
     """The weight as functional.linear takes it: itself, whether it is [in, out], and its scales if it is int8."""
     if weight.dtype != torch.int8:
         return weight, not settings.transposed, None
-    scale = getattr(weight, "scale", None)
-    if scale is None or scale.dim() != 2:
+    scale = getattr(weight, "scale", None) if weight_scale is None else weight_scale
+    if scale is None or scale.dim() != 2 or (weight_scale is None and scale.shape[1] == 3):
         found = "none" if scale is None else f"a scale {list(scale.shape)}"
         raise ValueError(
-            f"an int8 weight needs an attribute `scale`, fp32 [out, in / group], and has {found}; "
-            "TritonSelfAttention(q_scales=…) makes it of DeepSpeed's"
+            f"an int8 weight needs an attribute `scale`, fp32 [out, in / group], and has {found}; of DeepSpeed's, "
+            "[out, 3] is not read, and q_scales by TritonSelfAttention; [out, 3] of ours is weight_scale, or a layer's "
+            "attn_qkvw_scale or attn_ow_scale"
         )
     return weight if settings.transposed else weight.T, False, scale
 
@@ -277,16 +293,6 @@ def _weight(weight: Tensor, settings: Settings) -> tuple[Tensor, bool, Tensor | 
 def _interleaved(settings: Settings) -> bool:
     rope = settings.attention.rope
     return rope is not None and rope.interleaved
-
-
-def _per_head(head_mask: Tensor, heads: int) -> Tensor:
-    """head_mask [heads], or 4-D and broadcastable to [B, heads, T, S], as 4-D."""
-    mask = head_mask[None, :, None, None] if head_mask.dim() == 1 else head_mask
-    if mask.dim() != 4 or mask.shape[1] not in (1, heads):
-        raise ValueError(
-            f"head_mask has shape {list(head_mask.shape)}; expected [{heads}], or 4-D with 1 or {heads} heads"
-        )
-    return mask
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from tp_attention.sharding import ShardPlan
 WHOLE = ("attn_qkvw", "attn_qkvb", "attn_ow", "attn_ob")
 PARTS = ("attn_qw", "attn_kw", "attn_vw", "attn_qb", "attn_kb", "attn_vb")
 WEIGHTS = (*WHOLE, *PARTS)
+SCALES = {"attn_qkvw": ("attn_qkvw_scale", "column"), "attn_ow": ("attn_ow_scale", "row")}  # of int8, and how it is cut
 
 Self = TypeVar("Self", bound="AttentionWeights")
 
@@ -23,13 +24,16 @@ Self = TypeVar("Self", bound="AttentionWeights")
 class AttentionWeights(nn.Module):
     """A module with the weights of `rank`'s share under `plan`, uninitialised, or None each if settings.empty.
 
-    The other arguments are those of TritonSelfAttention.
+    The other arguments are those of TritonSelfAttention. int8 weights have their scales, fp32 [out, in / group], in
+    attn_qkvw_scale and attn_ow_scale.
     """
 
     attn_qkvw: nn.Parameter | None
     attn_qkvb: nn.Parameter | None
     attn_ow: nn.Parameter | None
     attn_ob: nn.Parameter | None
+    attn_qkvw_scale: Tensor | None
+    attn_ow_scale: Tensor | None
 
     def __init__(
         self,
@@ -48,6 +52,8 @@ class AttentionWeights(nn.Module):
                 f"merge_count={merge_count} is no power of two, which DeepSpeed's form needs; "
                 "checkpoint.merge_for_deepspeed gives scales of our own form for it"
             )
+        if q_groups != 1 and q_scales is None:
+            raise ValueError(f"q_groups={q_groups} says how q_scales are cut; pass q_scales too")
         if q_scales is not None and not settings.int8:
             raise ValueError(f"q_scales belong to dtype=torch.int8, the config has {settings.attention.dtype}")
         self.settings, self.plan, self.rank, self.device = settings, plan, rank, device
@@ -57,6 +63,13 @@ class AttentionWeights(nn.Module):
         self.data_type = torch.int8 if settings.int8 else self.data_type_fp
         for name in WEIGHTS:
             self.register_parameter(name, None)
+        for row, (name, (scale, parallel)) in enumerate(SCALES.items()):
+            self.register_buffer(scale, None)
+            if q_scales is not None:
+                shape = self._shape(name, plan, rank)
+                shape = shape if settings.transposed else shape[::-1]
+                found = group_scales(q_scales[row].to(device), q_groups, merge_count, shape, parallel)
+                setattr(self, scale, found)
         if not settings.empty:
             biases = {"attn_qkvb": settings.attention.qkv_bias, "attn_ob": settings.attention.out_bias}
             for name in WHOLE:
@@ -139,51 +152,66 @@ class AttentionWeights(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WEIGHTS and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=False)  # as DeepSpeed's class, take plain tensors too
+            parameter = nn.Parameter(value, requires_grad=False)  # as DeepSpeed's class, take plain tensors too
+            if hasattr(value, "scale"):
+                parameter.scale = value.scale  # type: ignore[attr-defined]
+            value = parameter
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.qkv_merging and any(prefix + name in state_dict for name in PARTS):
+        if self.qkv_merging and all(prefix + name in state_dict for name in PARTS[:3]):
             state_dict = dict(state_dict)
             parts = {name: state_dict.pop(prefix + name) for name in PARTS if prefix + name in state_dict}
             weight, bias = merge_qkv(parts, self.transposed_mode)
             state_dict |= {prefix + "attn_qkvw": weight} | ({} if bias is None else {prefix + "attn_qkvb": bias})
+        for name, (scale, _) in SCALES.items():
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and (loaded.dtype == torch.int8) != self.settings.int8:
+                raise ValueError(
+                    f"{prefix}{name} is {loaded.dtype}, the layer's weights are {self.data_type}; nothing is converted"
+                )
+            if prefix + scale in state_dict and getattr(self, scale) is None:
+                setattr(self, scale, torch.empty_like(state_dict[prefix + scale], device=self.device))
         for name in WEIGHTS:
-            if prefix + name in state_dict and getattr(self, name) is None and self.settings.empty:
+            if prefix + name in state_dict and getattr(self, name) is None:
+                if not (self.settings.empty or (self.qkv_merging and name in PARTS)):
+                    continue
                 self._make(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def qkv(self) -> tuple[Tensor, Tensor | None]:
         """The packed projection and its bias, joined of its parts where those are what there is."""
-        if self.attn_qkvw is not None:
-            return self.scaled(self.attn_qkvw, "attn_qkvw", "column"), self.attn_qkvb
-        parts = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+        parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        if self.attn_qkvw is not None and not (self.qkv_merging and parts):
+            return self.stored(self.attn_qkvw, "attn_qkvw"), self.attn_qkvb
         if not parts:
             raise ValueError("the layer has no weights yet: set attn_qkvw, or attn_qw, attn_kw and attn_vw")
-        weight, bias = merge_qkv(parts, self.transposed_mode)
+        with torch.inference_mode(False), torch.no_grad():  # a parameter outlives the inference_mode it is made in
+            weight, bias = merge_qkv(parts, self.transposed_mode)
         scales = [getattr(parts[name], "scale", None) for name in PARTS[:3]]
-        if self.settings.int8 and all(scale is not None for scale in scales):
-            weight.scale = torch.cat(scales)  # type: ignore[attr-defined, arg-type]
+        if weight.dtype == torch.int8 and all(scale is not None for scale in scales):
+            self.attn_qkvw_scale = torch.cat(scales)  # type: ignore[arg-type]
         if self.qkv_merging:
             self.attn_qkvw, self.attn_qkvb = weight, bias  # type: ignore[assignment]  # see __setattr__
-            if hasattr(weight, "scale"):
-                self.attn_qkvw.scale = weight.scale  # type: ignore[union-attr]
             for name in PARTS:
                 setattr(self, name, None)
-            return self.scaled(self.attn_qkvw, "attn_qkvw", "column"), self.attn_qkvb
-        return self.scaled(weight, "attn_qkvw", "column"), bias
+            return self.stored(self.attn_qkvw, "attn_qkvw"), self.attn_qkvb
+        return self.stored(weight, "attn_qkvw"), bias
 
-    def scaled(self, weight: Tensor | None, name: str, parallel: str) -> Tensor:
-        """The weight; one in int8 with its scales, found in q_scales, and in the order of memory that kernels read."""
+    def stored(self, weight: Tensor | None, name: str) -> Tensor:
+        """The weight; one in int8 in the order of memory that kernels read."""
         if weight is None:
             raise ValueError(f"the layer has no {name} yet; load its weights first")
-        if weight.dtype == torch.int8:
-            if not self.transposed_mode and not weight.T.is_contiguous():
-                weight.data = weight.data.T.contiguous().T
-            if self.q_scales is not None and not hasattr(weight, "scale"):
-                shape = weight.shape if self.transposed_mode else weight.T.shape
-                row = self.q_scales[("column", "row").index(parallel)]
-                weight.scale = group_scales(  # type: ignore[attr-defined]
-                    row.to(weight.device), self.q_groups, 1 << self.merge_count, shape, parallel
-                )
+        if weight.dtype == torch.int8 and not self.transposed_mode and not weight.T.is_contiguous():
+            weight.data = weight.data.T.contiguous().T
         return weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Buffers (scales, slopes) keep their dtype: half() is for weights."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self

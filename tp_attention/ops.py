@@ -26,7 +26,10 @@ class _Op:
             return super().__new__(cls)
         from tp_attention import deepspeed_ops  # it imports this module
 
-        return super().__new__(getattr(deepspeed_ops, cls.__name__))
+        variant = getattr(deepspeed_ops, cls.__name__, None)
+        if variant is None:
+            raise TypeError(f"{cls.__name__} takes an AttentionConfig; for DeepSpeed's, subclass deepspeed_ops' class")
+        return super().__new__(variant)
 
 
 class QKVGemmOp(_Op):

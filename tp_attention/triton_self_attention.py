@@ -8,6 +8,7 @@ norm's weights are the block's and come with each call.
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tp_attention.comm import TPGroup, all_reduce, as_group
 from tp_attention.config import AttentionConfig
 from tp_attention.deepspeed_cache import Past
 from tp_attention.deepspeed_config import Settings, read
-from tp_attention.deepspeed_masks import attention_mask, split_qkv, with_bias
+from tp_attention.deepspeed_masks import attention_mask, local_heads, with_bias
 from tp_attention.deepspeed_ops import (
     LinearOp,
     QKVGemmOp,
@@ -28,8 +29,10 @@ from tp_attention.deepspeed_ops import (
     angles,
     attend,
     context_4d_matmul,
+    packed_qkv,
     score_4d_matmul,
     softmax,
+    weight_of,
 )
 from tp_attention.deepspeed_weights import AttentionWeights
 from tp_attention.masks import alibi_slopes
@@ -77,7 +80,8 @@ class TritonSelfAttention(AttentionWeights):
         self.config = config
         if not isinstance(config, AttentionConfig):
             self.config = copy.copy(config)
-            self.config.layer_id = self.layer_id
+            with suppress(AttributeError):  # a frozen one keeps what it has
+                self.config.layer_id = self.layer_id
         self.hidden_size, self.head_size = settings.attention.hidden_size, settings.attention.head_dim
         self.hidden_size_per_attention_head = self.head_size
         self.num_attention_heads_per_partition = plan.local_heads(rank)
@@ -101,8 +105,8 @@ class TritonSelfAttention(AttentionWeights):
                 use_flash=self.use_flash,
             )  # fmt: skip
 
-    @classmethod
-    def _number(cls, settings: Settings) -> int:
+    @staticmethod
+    def _number(settings: Settings) -> int:
         """A layer's number: the config's, else one more than the last; another model begins at 0 again."""
         TritonSelfAttention.num_layers += 1
         if settings.layer >= 0:
@@ -167,8 +171,9 @@ class TritonSelfAttention(AttentionWeights):
 
         output [B, T, E]: without attn_ob unless add_attn_ob; summed over the ranks, unless mlp_after_attn is False:
         then a partial sum, with attn_ob on rank 0. key, value [B, local kv heads, S, D]: all so far; no later call
-        writes to them. context [B, T, local heads·D]. inp_norm [B, T, E]: the normed input, or input where not
-        pre_layer_norm. probabilities [B, local heads, T, S]. get_present changes nothing: key and value always come.
+        writes to them, and neither should the caller: the layer may remember the same memory. context [B, T, local
+        heads·D]. inp_norm [B, T, E]: the normed input, or input where not pre_layer_norm. probabilities [B, local
+        heads, T, S]. get_present changes nothing: key and value always come.
 
         input_mask: [B, S] or 4-D over [B, heads, T, S], S with the tokens so far; integers and bools keep (or mask,
         where invert_mask is False), floats are added. alibi: [B·heads, 1, S], added. head_mask: [heads], or 4-D,
@@ -176,7 +181,8 @@ class TritonSelfAttention(AttentionWeights):
         layer_past: key and value of the tokens before. None: those that the layer remembers, or none where first_token
         (None: T > 1). token_idx: how many tokens there are with these, where the end of a prompt is padding or a token
         is replaced. position_ids: [B or 1, T], for RoPE.
-        encoder_hidden_states [B, S, E]: what keys and values are made of, all visible but for encoder_attention_mask.
+        encoder_hidden_states [B, S, E]: what keys and values are made of, all visible but for encoder_attention_mask;
+        input_mask is not read then.
         norm_w, norm_b: [E]. use_triton_attention False: attention by torch; use_flash False: by the kernel that
         materialises the probabilities.
 
@@ -190,12 +196,20 @@ class TritonSelfAttention(AttentionWeights):
         heads, kv_heads = self.num_attention_heads_per_partition, self.num_kv_partition
         extra: dict[str, Any] = {"path": path, "output_attentions": output_attentions}
         if head_mask is not None:
-            extra["head_mask"] = self._local(head_mask, 0 if head_mask.dim() == 1 else 1)
+            extra["head_mask"] = local_heads("head_mask", head_mask, self.plan.heads, self.plan.q_heads(self.rank))
+        if encoder_hidden_states is None and encoder_attention_mask is not None:
+            raise ValueError("encoder_attention_mask goes with encoder_hidden_states; pass both, or input_mask")
+        if layer_past is not None and (token_idx is not None or first_token):
+            raise ValueError("layer_past says how many tokens there are; leave token_idx and first_token out")
         normed, rope = input, None
         if encoder_hidden_states is not None:
             if layer_past is not None:
                 raise ValueError(
                     "layer_past does not go with encoder_hidden_states, which all keys are made of; pass one"
+                )
+            if self.score_context_func.rotary is not None:
+                raise ValueError(
+                    "rotary_dim does not go with encoder_hidden_states, whose tokens have no positions here"
                 )
             if settings.norm_first:
                 normed = functional.norm(input, norm_w, norm_b, settings.norm, settings.attention.norm_eps)
@@ -220,11 +234,12 @@ class TritonSelfAttention(AttentionWeights):
                     kv_heads=kv_heads,
                     rope=rope,
                     normed=not settings.norm_first,
+                    weight_scale=self.attn_qkvw_scale,
                 )
             else:
                 qkv = self.linear_func(
                     input=input, weight=weight, bias=bias, add_bias=bias is not None, do_flash_attn=False,
-                    num_heads=heads, num_layers=TritonSelfAttention.num_layers,
+                    num_heads=heads, num_layers=TritonSelfAttention.num_layers, weight_scale=self.attn_qkvw_scale,
                 )  # fmt: skip
         context, key, value, *probabilities = self.ds_compute_attention(
             qkv, input_mask, layer_past, alibi, first_token, token_idx, position_ids, **extra
@@ -233,8 +248,9 @@ class TritonSelfAttention(AttentionWeights):
         one_sum = self.group.size == 1 or not settings.mlp_after_attn
         output = self.vector_matmul_func(
             input=context,
-            weight=self.scaled(self.attn_ow, "attn_ow", "row"),
+            weight=self.stored(self.attn_ow, "attn_ow"),
             bias=bias if one_sum and self.rank == 0 else None,
+            weight_scale=self.attn_ow_scale,
         )
         if not one_sum:
             output = all_reduce(output, self.group, out=output)
@@ -261,7 +277,6 @@ class TritonSelfAttention(AttentionWeights):
             attn_mask=input_mask,
             heads=self.num_attention_heads_per_partition,
             num_kv=self.num_kv_partition,
-            norm_factor=self.scale**0.5,
             layer_id=self.layer_id,
             num_layers=TritonSelfAttention.num_layers,
             alibi=alibi,
@@ -284,8 +299,8 @@ class TritonSelfAttention(AttentionWeights):
                 "encoder_hidden_states do not go with bigscience_bloom, whose q, k and v are in one another"
             )
         q = self.num_attention_heads_per_partition * self.head_size
-        out_first = weight if self.transposed_mode else weight.T
-        scale = getattr(weight, "scale", None)
+        weight, transposed, scale = weight_of(weight, self.settings, self.attn_qkvw_scale)
+        out_first = weight.T if transposed else weight
 
         def project(x: Tensor, rows: slice) -> Tensor:
             return functional.linear(
@@ -296,11 +311,6 @@ class TritonSelfAttention(AttentionWeights):
             )
 
         return project(x, slice(0, q)), project(memory, slice(q, None))
-
-    def _local(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's heads of a tensor with all heads in `dim`."""
-        start, stop = self.plan.q_heads(self.rank)
-        return x.narrow(dim, start, stop - start) if x.shape[dim] == self.plan.heads else x
 
 
 def _triton_attention(
@@ -320,11 +330,8 @@ def _triton_attention(
     input_mask, layer_past, alibi: as in TritonSelfAttention.forward, for these heads. Any of the three switches takes
     the flash kernel, none the one with materialised scores; the numbers are the same.
     """
-    qkv = qkv if isinstance(qkv, Tensor) else qkv[0]
-    if head_size < 1 or qkv.dim() != 3 or qkv.shape[2] % (3 * head_size):
-        raise ValueError(f"qkv {list(qkv.shape)} does not hold q, k and v of whole heads of {head_size}")
-    heads = qkv.shape[2] // (3 * head_size)
-    q, k, v = split_qkv(qkv, heads, heads, head_size)
+    q, k, v = packed_qkv(qkv if isinstance(qkv, Tensor) else qkv[0], head_size)
+    heads = q.shape[2]
     if (past := _checked(layer_past)) is not None:
         k, v = (torch.cat((before.transpose(1, 2), new), dim=1) for before, new in zip(past, (k, v), strict=True))
     mask = with_bias(attention_mask(input_mask), alibi, q.shape[0], heads, (0, heads))
@@ -335,10 +342,10 @@ def _triton_attention(
 def _checked(past: Past | None) -> Past | None:
     if past is None:
         return None
-    if len(past) != 2 or any(x.dim() != 4 for x in past) or past[0].shape != past[1].shape:
-        raise ValueError(
-            f"layer_past has shapes {[list(x.shape) for x in past]}; expected key and value [B, local kv heads, S, D]"
-        )
+    fits = len(past) == 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in past)
+    if not fits or past[0].shape != past[1].shape or past[0].dtype != past[1].dtype:
+        shapes = [(x.dtype, list(x.shape)) if isinstance(x, Tensor) else x for x in past]
+        raise ValueError(f"layer_past has shapes {shapes}; expected key and value [B, local kv heads, S, D]")
     return past[0], past[1]
 
 

@@ -17,6 +17,7 @@ CONFIGS = {
     "MQA, transposed, window": {
         "heads": 4, "num_kv": 1, "transposed_mode": True, "local_attention": True, "window_size": 4,
     },
+    "GQA, kv heads on two ranks": {"hidden_size": 72, "heads": 9, "num_kv": 3},
     "bloom": {"bigscience_bloom": True},
     "fp16": {"dtype": torch.float16},
     "bf16": {"dtype": torch.bfloat16},
@@ -57,6 +58,7 @@ def run_layer(world, name):
         attention(x, kept, alibi=alibi, **norm),
         attention(x, per_head, head_mask=head_mask, output_attentions=True, use_triton_attention=False, **norm),
         attention(x, None, add_attn_ob=True, **norm),
+        attention(x, per_head > 0, **norm),
     ]
     steps, start = [], 0
     for size in (4, 1, 3, 1) if attention.triangular_masking else ():  # token by token, by the layer's own keys
@@ -64,6 +66,8 @@ def run_layer(world, name):
         steps.append(attention(x[:, start:stop], kept[:, :stop], first_token=start == 0, **norm)[0])
         start = stop
     results.append(torch.cat(steps, 1) if steps else None)
+    head, local = attention.head_size, attention.plan.local_heads(world.tp.rank)
+    assert attention.hidden_size_per_partition == head * local and attention.mp_group is world.tp
     span = attention.plan.q_heads(world.tp.rank), attention.plan.kv_head_range(world.tp.rank)
     return [move(result) for result in results], span
 
@@ -85,6 +89,7 @@ def test_sharded_equals_unsharded(world, name, ranks):
         layer.expected(cfg, rounded, x.float(), kept, alibi=alibi, **norm),
         layer.expected(cfg, rounded, x.float(), per_head, head_mask=head_mask, **norm),
         layer.expected(cfg, rounded, x.float(), **norm),
+        layer.expected(cfg, rounded, x.float(), per_head > 0, **norm),
     ]
     masked = layer.expected(cfg, rounded, x.float(), kept, **norm)
     head, outputs = cfg.hidden_size // cfg.heads, []

@@ -158,7 +158,7 @@ def merge_qkv(weights: Mapping[str, Tensor | None], transposed_mode: bool = Fals
     Raises ValueError when a weight is missing, or shapes or dtypes do not fit each other.
     """
     names = ("attn_qw", "attn_kw", "attn_vw")
-    parts = [tensor for name in names if (tensor := weights.get(name)) is not None]
+    parts = [tensor for tensor in map(weights.get, names) if tensor is not None]
     if len(parts) < len(names):
         raise ValueError(f"qkv_merging needs {', '.join(names)}; got {', '.join(sorted(weights)) or 'nothing'}")
     shapes = ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in zip(names, parts, strict=True))
