@@ -57,3 +57,17 @@ def test_first_call_is_measured_in_two_processes(capsys: pytest.CaptureFixture[s
     first, second = capsys.readouterr().out.splitlines()
     for line, start in ((first, "compiling: prefill "), (second, "from Triton's cache: prefill ")):
         assert line.startswith(start) and "14 other lengths: 0 more" in line
+
+
+def test_deepspeeds_layers_beside_ours(tmp_path, capsys):
+    """Without a GPU DeepSpeed's say why they cannot; ours is held against fp64 and timed all the same."""
+    from tp_attention.bench import deepspeed_layer
+
+    deepspeed_layer.main(tmp_path, True, "float16")
+    rows = list(csv.DictReader((tmp_path / "deepspeed_layer.csv").open()))
+    assert [row["who"] for row in rows] == ["tp_attention", "deepspeed triton", "deepspeed cuda"] * 2
+    ours = rows[::3]
+    assert all(float(row["eager_us"]) > 0 and row["eager_over_ours"] == "1.0" for row in ours)
+    assert all(float(row["note"].split()[1].rstrip(",")) < 2e-3 for row in ours)
+    if not torch.cuda.is_available():
+        assert all(row["eager_us"] == "" and row["note"] for row in rows if row not in ours)
