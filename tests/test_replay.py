@@ -24,7 +24,7 @@ GPU = torch.cuda.is_available()
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Any:
     replay.forget()
     if not GPU:
-        monkeypatch.setattr(replay, "_current_device", lambda: 0)
+        monkeypatch.setattr(replay, "_current_device", lambda: -1)  # the CPU's number
         monkeypatch.setattr(replay, "_stream", lambda device: 7)
     yield
     replay.forget()
@@ -223,6 +223,11 @@ class TestMechanism:
         monkeypatch.setattr(configs, "_autotuned", {})
         configs.remember("gemm", (90, "half"), object())
         check(3, 2)
+
+    def test_tensors_of_another_gpu_are_not_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(replay, "_current_device", lambda: 1)
+        check(4, 4)
+        assert not replay._plans
 
     def test_a_failure_leaves_nothing_behind(self) -> None:
         def fails(x: Tensor) -> Tensor:

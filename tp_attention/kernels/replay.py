@@ -35,12 +35,13 @@ _thread = threading.local()  # watch: the Watch of this thread; busy: calls are 
 
 
 def again(function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """function(*args, **keywords), by what is known of an earlier call; for tensors of the current GPU."""
+    """function(*args, **keywords), by what is known of an earlier call where its tensors are on the current GPU."""
     if getattr(_thread, "busy", False) or profiled():
         return function(*args, **keywords)
     tensors: list[Tensor] = []
-    key = (function, torch.is_grad_enabled(), _current_device(), *keywords, *_key(args, tensors))
-    key += tuple(_key(keywords.values(), tensors))
+    key = (function, torch.is_grad_enabled(), *keywords, *_key(args, tensors), *_key(keywords.values(), tensors))
+    if not tensors or tensors[0].get_device() != _current_device():
+        return function(*args, **keywords)  # launches go where the current GPU is
     plan = _plans.get(key, _NEW)
     if isinstance(plan, Plan):
         return plan.run(tensors)
