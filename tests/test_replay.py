@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is built for Linux alone")
 from triton.backends.nvidia import driver
 
 from tp_attention import functional
-from tp_attention.kernels import configs, replay
+from tp_attention.kernels import configs, plans, replay
 
 GPU = torch.cuda.is_available()
 
@@ -25,7 +25,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Any:
     replay.forget()
     if not GPU:
         monkeypatch.setattr(replay, "_current_device", lambda: -1)  # the CPU's number
-        monkeypatch.setattr(replay, "_stream", lambda device: 7)
+        monkeypatch.setattr(plans, "_stream", lambda device: 7)
     yield
     replay.forget()
 
@@ -283,7 +283,7 @@ class TestOnGPU:
                         expected = function(*args, **keywords)
                 found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (name, turn)
-            kept += isinstance(list(replay._plans.values())[-1], replay.Plan)
+            kept += isinstance(list(replay._plans.values())[-1], plans.Plan)
         assert kept >= len(cases) - 2  # those that need a copy or a count at zero are done every time
 
     def test_within_a_graph(self) -> None:
