@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -89,5 +90,6 @@ def test_memory_and_throughput_on_4_gb(tmp_path, tp):
     print(f"tp={tp}: cp {copying}, reshard {resharding} s, anonymous {memory}, largest tensor {largest} bytes")
     assert max(memory) <= 4 * largest + 100e6
     # 0.7 is what is wanted, and 0.65 to 0.85 what one machine gave on one day: its page cache and its neighbours move
-    # both times by a third. This limit is for mistakes: an unbuffered or twofold pass over the bytes.
-    assert min(copying) / min(resharding) >= 0.5
+    # both times by a third, from round to round too, so each round is compared with itself. This limit is for mistakes:
+    # an unbuffered or twofold pass over the bytes.
+    assert statistics.median(copied / cut for copied, cut in zip(copying, resharding, strict=True)) >= 0.5
