@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is built for Linux alone")
 
+from tp_attention import user_cache
 from tp_attention.autotune import autotune, cache, ranks
 from tp_attention.autotune.layer import LayerShape, launches
 from tp_attention.autotune.search import asked, search, watched
@@ -303,13 +304,13 @@ def test_a_file_is_of_one_device_and_layer(tmp_path):
 
 
 def test_where_files_are(monkeypatch):
-    assert cache.default_folder().name == "unasked"
+    assert user_cache.cache_directory().name == "unasked"
     monkeypatch.delenv("TP_ATTENTION_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache.default_folder() == Path("/xdg/tp_attention")
+    assert user_cache.cache_directory() == Path("/xdg/tp_attention")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert cache.default_folder() == Path("/home/me/.cache/tp_attention")
+    assert user_cache.cache_directory() == Path("/home/me/.cache/tp_attention")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests import deepspeed_layer as layer
-from tests.test_triton_self_attention import DEVICE, check, dequantized, make, on_device, parts_of
+from tests.test_self_attention_weights import dequantized, parts_of
+from tests.test_triton_self_attention import DEVICE, check, make, on_device
 from tests.tolerances import assert_close
 from tp_attention import TritonSelfAttention, deepspeed_ops
 from tp_attention import triton_self_attention as module

@@ -98,12 +98,7 @@ class TritonSelfAttention(AttentionWeights):
         self.score_context_func = SoftmaxContextOp(settings, plan, rank)
         self.vector_matmul_func = VectorMatMulOp(settings)
         if settings.autotune and self.layer_id == 0:
-            self._triton_autotune(
-                2, settings.max_out_tokens or 1024, self.head_size, self.hidden_size, self.triangular_masking,
-                self.scale, self.data_type_fp, group=group, heads=plan.local_heads(rank),
-                kv_heads=plan.local_kv_heads(rank), transposed=not settings.transposed and not settings.int8,
-                use_flash=self.use_flash,
-            )  # fmt: skip
+            self.tune(settings.max_out_tokens or 1024)
 
     @staticmethod
     def _number(settings: Settings) -> int:
@@ -117,6 +112,14 @@ class TritonSelfAttention(AttentionWeights):
         number = 0 if model != latest or count == settings.layers else count
         TritonSelfAttention._latest = model, number + 1
         return number
+
+    def tune(self, tokens: int) -> None:
+        """_triton_autotune for this layer and prompts of up to so many tokens; every rank of its group must call it."""
+        self._triton_autotune(
+            2, tokens, self.head_size, self.hidden_size, self.triangular_masking, self.scale, self.data_type_fp,
+            group=self.group, heads=self.num_attention_heads_per_partition, kv_heads=self.num_kv_partition,
+            transposed=not self.transposed_mode and not self.settings.int8, use_flash=self.use_flash,
+        )  # fmt: skip
 
     @staticmethod
     def _triton_autotune(

@@ -33,12 +33,6 @@ log = logging.getLogger("tp_attention")
 FIELDS = {"kernel", "key", "config"}
 
 
-def default_folder() -> Path:
-    if folder := os.environ.get("TP_ATTENTION_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tp_attention"
-
-
 def circumstances(layer: LayerShape, device: torch.device) -> dict[str, Any]:
     """All that measured entries depend on, as JSON has it."""
     cuda = device.type == "cuda"

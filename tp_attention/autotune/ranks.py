@@ -22,6 +22,7 @@ from tp_attention.autotune.search import Report, search
 from tp_attention.autotune.spaces import ANY_DTYPE, SPACES, Entry
 from tp_attention.comm import TPGroup, broadcast
 from tp_attention.kernels import configs
+from tp_attention.user_cache import cache_directory
 
 log = logging.getLogger("tp_attention")
 
@@ -45,7 +46,7 @@ def tune_together(
     message = ""
     if group.rank == 0:
         try:
-            entries = _found(layer, group, folder or files.default_folder(), quiet, tune)
+            entries = _found(layer, group, folder or cache_directory(), quiet, tune)
             message = json.dumps({"entries": files.encoded(entries)})
         except Exception as error:  # raised below, after the others heard of it
             failure = error

@@ -111,7 +111,7 @@ def init_inference(
     for module in model.modules():
         vars(module).pop("build_alibi_tensor", None)  # DeepSpeed's: for one rank's heads, while ours take all
     if settings.triton_autotune:
-        _tune(adapters[0].attention, settings.max_out_tokens)
+        adapters[0].attention.tune(max(2, settings.max_out_tokens))
     return engine
 
 
@@ -159,21 +159,3 @@ def _cut(model: nn.Module, adapters: list[Adapter], group: TPGroup, grain: int) 
             "mpu": SimpleNamespace(get_model_parallel_group=lambda: ranks),  # and what keeps it from making another
         },
     }
-
-
-def _tune(layer: Any, tokens: int) -> None:
-    """What a TritonSelfAttention does when it is made of a config with triton_autotune."""
-    layer._triton_autotune(
-        2,
-        max(2, tokens),
-        layer.head_size,
-        layer.hidden_size,
-        layer.triangular_masking,
-        layer.scale,
-        layer.attn_ow.dtype,
-        group=layer.group,
-        heads=layer.num_attention_heads_per_partition,
-        kv_heads=layer.num_kv_partition,
-        transposed=not layer.transposed_mode,
-        use_flash=layer.use_flash,
-    )

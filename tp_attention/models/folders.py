@@ -17,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tp_attention.user_cache import cache_directory
+
 log = logging.getLogger("tp_attention")
 
 
@@ -68,13 +70,6 @@ def resolve(name_or_path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; pass a Hugging Face model folder, or copy its config.json here")
     return folder
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: TP_ATTENTION_CACHE, else tp_attention in the user's cache directory."""
-    if path := os.environ.get("TP_ATTENTION_CACHE"):
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tp_attention"
 
 
 def _converted(name: str, model: BundledModel, gguf: Path) -> Path:
