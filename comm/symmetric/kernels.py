@@ -1,0 +1,259 @@
+"""All-reduce over memory that every rank of a host can write: values that are their own flags.
+
+Each rank has an inbox. A rank stores its values into the others' inboxes, in words of 4 bytes (a float, or two halves),
+and reads its own until no word is EMPTY, all bits set: NaNs that no arithmetic makes, and what is sent is never EMPTY.
+So there is no flag to wait for, no fence and no barrier, and a word may be used as soon as it is there. This is the LL
+protocol of NCCL with a sentinel in place of its flag words, as in TensorRT-LLM's Lamport kernels. Whoever has read a
+word empties it again.
+
+The inbox has two halves, used in turns. A half may be written again two calls later, and nobody can be there sooner
+than its owner has emptied it: a rank ends call n + 1 only with this rank's values of n + 1, which it sends after its
+call n is over. The turn is counted on the device, so that a captured graph may be replayed.
+
+A program waits only for programs of the same index on other ranks, which send before they wait: whatever number of them
+an SM holds, the first ones that are not done can always go on. Sums are fp32, in rank order, rounded once.
+
+Limit: ranks must make the same calls in the same order, one at a time, each stream waiting for the one before it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_TRAP = tl.constexpr("trap; mov.u32 $0, $1;")
+
+
+@triton.jit
+def _values(b_words, DTYPE: tl.constexpr):
+    """[...] words -> [..., values in a word] fp32."""
+    if DTYPE.primitive_bitwidth == 32:
+        return tl.expand_dims(b_words.to(DTYPE, bitcast=True), -1)
+    else:
+        b_low = b_words.to(tl.int16).to(DTYPE, bitcast=True)
+        b_high = (b_words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        return tl.join(b_low, b_high).to(tl.float32)
+
+
+@triton.jit
+def _words(b_values, DTYPE: tl.constexpr):
+    """[BLOCK, values in a word] fp32 -> [BLOCK] words, rounded to DTYPE."""
+    if DTYPE.primitive_bitwidth == 32:
+        return tl.reshape(b_values, (b_values.shape[0],)).to(tl.int32, bitcast=True)
+    else:
+        b_low, b_high = tl.split(b_values.to(DTYPE))
+        b_low, b_high = b_low.to(tl.int16, bitcast=True).to(tl.int32), b_high.to(tl.int16, bitcast=True).to(tl.int32)
+        return b_low & 0xFFFF | b_high << 16
+
+
+@triton.jit
+def _send(inboxes, o, segment, b_words, m, RANK: tl.constexpr, TO: tl.constexpr):
+    """To rank TO, whose inbox has a segment for each other rank. What looks EMPTY, NaNs, is sent as other NaNs."""
+    PLACE: tl.constexpr = RANK - (RANK > TO)
+    tl.store(inboxes[TO] + PLACE * segment + o, tl.where(b_words == -1, 0x7FFF7FFF, b_words), mask=m)
+
+
+@triton.jit
+def _arrive(p_state):
+    """How many programs had read the call's number before this one: all warps of this one have, and used it."""
+    tl.debug_barrier()
+    return tl.atomic_add(p_state + 1, 1, sem="relaxed")  # a release would wait for all that was sent
+
+
+@triton.jit
+def _leave(p_state, turn, arrived):
+    """The last program to have read the number counts on."""
+    if arrived == tl.num_programs(0) - 1:
+        tl.store(p_state + 1, 0)
+        tl.store(p_state, turn + 1)
+
+
+@triton.jit
+def _received(p_in, m_in, p_state, patience, TRAP: tl.constexpr):
+    """The words at p_in once all of them have come; then they are emptied. Only where m_in."""
+    b_in = tl.load(p_in, mask=m_in, other=0, volatile=True)
+    missing = tl.max((b_in == -1).to(tl.int32))
+    looks = 0
+    while (missing > 0) & (looks < patience):
+        b_in = tl.load(p_in, mask=m_in, other=0, volatile=True)
+        missing = tl.max((b_in == -1).to(tl.int32))
+        looks += 1
+    if missing > 0:  # a rank is dead or elsewhere: better an error than a wait for ever
+        tl.store(p_state + 2, 1)
+        if TRAP:
+            tl.inline_asm_elementwise(_TRAP, "=r,r", [missing], tl.int32, is_pure=False, pack=1)
+    tl.store(p_in, tl.full(b_in.shape, -1, tl.int32), mask=m_in)
+    return b_in
+
+
+@triton.jit
+def _summed(
+    p_in, segment, o, m, b_own, p_state, patience, RANK: tl.constexpr, WORLD: tl.constexpr, RANKS: tl.constexpr,
+    TRAP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK] words -> [BLOCK, values in a word] fp32: the sum over the ranks, first to last, rounded to DTYPE."""
+    if WORLD == 2:
+        b_in = _received(p_in + o, m, p_state, patience, TRAP)
+        b_first, b_second = (b_own, b_in) if RANK == 0 else (b_in, b_own)
+        b_sum = _values(b_first, DTYPE) + _values(b_second, DTYPE)
+    else:
+        o_rank = tl.arange(0, RANKS)[:, None]
+        p_in += (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64) * segment + o[None, :]
+        b_in = _received(p_in, (o_rank != RANK) & (o_rank < WORLD) & m[None, :], p_state, patience, TRAP)
+        b_in = tl.where(o_rank == RANK, b_own[None, :], b_in)
+        for rank in tl.static_range(WORLD):
+            b_row = tl.sum(tl.where(o_rank == rank, b_in, 0), 0)  # picks one row: the others are 0
+            b_sum = _values(b_row, DTYPE) if rank == 0 else b_sum + _values(b_row, DTYPE)  # noqa: F821
+    return b_sum.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _own(p_x, o, m, words, SPLITS: tl.constexpr, DTYPE: tl.constexpr):
+    """This rank's words: as they are, or of fp32 partial sums [SPLITS, words, values in a word] of a projection."""
+    if SPLITS:
+        PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+        p_x += o[:, None] * PER + tl.arange(0, PER)[None, :]
+        b_sum = tl.load(p_x, mask=m[:, None], other=0.0)
+        for i in tl.static_range(1, SPLITS):
+            b_sum += tl.load(p_x + i * words * PER, mask=m[:, None], other=0.0)
+        return _words(b_sum, DTYPE)
+    else:
+        return tl.load(p_x + o, mask=m, other=0)
+
+
+@triton.jit
+def one_shot_kernel(
+    p_x,  # [words], or fp32 [SPLITS, values]; the other tensors are words too
+    p_bias,  # [row]
+    p_residual,  # [words]
+    p_norm_weight,  # [row]
+    p_norm_bias,
+    p_out,  # [words]
+    p_normed,  # [words], where NORM
+    p_state,  # int32 [3]: calls so far, programs that have arrived in this one, whether one waited in vain
+    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,  # every rank's inbox
+    words,
+    row,  # words in a row
+    half,  # words in half an inbox
+    segment,  # words between the senders' parts of it
+    eps,
+    patience,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    RANKS: tl.constexpr,  # WORLD, as a power of two
+    SPLITS: tl.constexpr,
+    SENT: tl.constexpr,  # the projection stored its tiles into the inboxes already
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,  # 0 none, 1 RMSNorm, 2 LayerNorm: a program makes one row
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+    TRAP: tl.constexpr,  # end the process where a rank does not come
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Everyone sends all to everyone: size - 1 times x over each link, one way's delay."""
+    inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
+    o_inside = tl.arange(0, BLOCK)
+    if NORM:
+        o = tl.program_id(0).to(tl.int64) * row + o_inside
+        m = o_inside < row
+    else:
+        o = tl.program_id(0).to(tl.int64) * BLOCK + o_inside
+        m = o < words
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    turn = tl.load(p_state, volatile=True)
+    inbox = (turn & 1) * tl.cast(half, tl.int64)
+    segment = tl.cast(segment, tl.int64)
+    b_own = _own(p_x, o, m, words, SPLITS, DTYPE)
+    if not SENT:
+        for i in tl.static_range(1, WORLD):
+            _send(inboxes, inbox + o, segment, b_own, m, RANK, (RANK + i) % WORLD)
+    arrived = _arrive(p_state)
+    # What does not wait for the others is fetched while their values are on the way.
+    if HAS_BIAS:
+        b_bias = _values(tl.load(p_bias + (o_inside if NORM else o % row), mask=m, other=0), DTYPE)
+    if HAS_RESIDUAL:
+        b_residual = _values(tl.load(p_residual + o, mask=m, other=0), DTYPE)
+    if HAS_NORM_WEIGHT:
+        b_norm_weight = _values(tl.load(p_norm_weight + o_inside, mask=m, other=0), DTYPE)
+    if HAS_NORM_BIAS:
+        b_norm_bias = _values(tl.load(p_norm_bias + o_inside, mask=m, other=0), DTYPE)
+
+    b_y = _summed(inboxes[RANK] + inbox, segment, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
+    if HAS_BIAS:
+        b_y += b_bias
+    if HAS_RESIDUAL:
+        b_y += b_residual
+    tl.store(p_out + o, _words(b_y, DTYPE), mask=m)
+    if NORM:
+        b_y, m_y = b_y.to(DTYPE).to(tl.float32), m[:, None]
+        size = row * b_y.shape[1]
+        if NORM == 2:
+            b_y = tl.where(m_y, b_y - tl.sum(tl.where(m_y, b_y, 0.0)) / size, 0.0)
+        b_y *= tl.rsqrt(tl.sum(tl.where(m_y, b_y * b_y, 0.0)) / size + eps)
+        if HAS_NORM_WEIGHT:
+            if NORM == 1:
+                b_y = b_y.to(DTYPE).to(tl.float32)  # as functional.norm, and Hugging Face's Llama
+            b_y *= b_norm_weight
+        if HAS_NORM_BIAS:
+            b_y += b_norm_bias
+        tl.store(p_normed + o, _words(b_y, DTYPE), mask=m)
+    _leave(p_state, turn, arrived)
+
+
+@triton.jit
+def two_shot_kernel(
+    p_x,  # [words]
+    p_out,
+    p_state,  # as above
+    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,
+    words,
+    half,
+    chunk,  # words that one rank sums: rank r those from r * chunk on
+    patience,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    RANKS: tl.constexpr,
+    PDL: tl.constexpr,
+    TRAP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each rank sums a chunk and sends the sum round: 2 (size - 1) / size times x over each link, twice the delay.
+
+    A half of the inbox holds the parts of this rank's chunk by sender, then the other ranks' sums by rank.
+    """
+    inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    turn = tl.load(p_state, volatile=True)
+    inbox = (turn & 1) * tl.cast(half, tl.int64)
+    chunk = tl.cast(chunk, tl.int64)
+    sums = inbox + (WORLD - 1) * chunk
+    for i in tl.static_range(1, WORLD):
+        o_x = (RANK + i) % WORLD * chunk + o
+        m = (o < chunk) & (o_x < words)
+        _send(inboxes, inbox + o, chunk, tl.load(p_x + o_x, mask=m, other=0), m, RANK, (RANK + i) % WORLD)
+    m = (o < chunk) & (RANK * chunk + o < words)
+    b_own = tl.load(p_x + RANK * chunk + o, mask=m, other=0)
+    arrived = _arrive(p_state)
+
+    b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
+    b_words = _words(b_sum, DTYPE)
+    for i in tl.static_range(1, WORLD):
+        _send(inboxes, sums + o, chunk, b_words, m, RANK, (RANK + i) % WORLD)
+    tl.store(p_out + RANK * chunk + o, b_words, mask=m)
+
+    o_rank = tl.arange(0, RANKS)[:, None]
+    o_place = (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64)
+    o_out = o_rank.to(tl.int64) * chunk + o[None, :]
+    m_out = (o_rank != RANK) & (o_rank < WORLD) & (o < chunk)[None, :] & (o_out < words)
+    p_sums = inboxes[RANK] + sums + o_place * chunk + o[None, :]
+    tl.store(p_out + o_out, _received(p_sums, m_out, p_state, patience, TRAP), mask=m_out)
+    _leave(p_state, turn, arrived)
