@@ -1,8 +1,9 @@
 """all_reduce, all_gather, broadcast, barrier: each takes its group.
 
-On an `ordered` group (gloo) the parts are moved as they are and added here, in fp32 and rank order. For inference only:
-no collective has a backward, so a tensor whose gradient would be lost is refused. Limit: that ranks disagree about the
-call (shape, dtype, order) is certain to be noticed only under TP_ATTENTION_CHECK=1, which costs a meeting per call.
+On an `ordered` group (gloo) the parts are moved as they are and added here, in fp32 and rank order; floats on GPUs of
+one host are added likewise by symmetric/. For inference only: no collective has a backward, so a tensor whose gradient
+would be lost is refused. Limit: that ranks disagree about the call (shape, dtype, order) is certain to be noticed only
+under TP_ATTENTION_CHECK=1, which costs a meeting per call.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def all_reduce(x: Tensor, group: TPGroup, *, out: Tensor | None = None) -> Tenso
     total = x
     with group.transfer("all_reduce", x):
         if group.size > 1 and x.numel():
-            total = (_ordered_sum if group.ordered else _backend_sum)(x, group)
+            if group.symmetric is not None and group.symmetric.takes(x):
+                total = group.symmetric.all_reduce(x, out)
+            else:
+                total = (_ordered_sum if group.ordered else _backend_sum)(x, group)
     if out is None:
         return x.clone() if total is x else total
     return out if out is total else out.copy_(total)

@@ -15,7 +15,7 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from torch.distributed.distributed_c10d import _abort_process_group
 
 from tp_attention.comm import checks, stores
 from tp_attention.comm.heartbeat import PERIOD, Heartbeat
+
+if TYPE_CHECKING:
+    from tp_attention.comm.symmetric.sums import SymmetricSums
 
 log = logging.getLogger("tp_attention")
 
@@ -67,6 +70,7 @@ class TPGroup:
         self._failure = ""  # what ended this group
         self._store: dist.Store | None = None
         self._heartbeat: Heartbeat | None = None
+        self.symmetric: SymmetricSums | None = None  # how floats are summed on GPUs of one host
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> TPGroup:
@@ -83,15 +87,20 @@ class TPGroup:
         owned: bool = False,
         timeout: float | None = None,
         heartbeat: float | None = None,
+        symmetric: bool = True,
     ) -> TPGroup:
         """Wraps a torch process group: gloo for CPU tensors, NCCL for CUDA tensors, or one that has both.
+
+        Every rank of it must call this.
 
         device: None is this process's current CUDA device where the group has NCCL, else the CPU. owned: destroy()
         destroys the process group too; after a failed collective only that wakes ranks that wait for this one. timeout:
         None is the process group's own, and gloo keeps to that. heartbeat: seconds from beat to beat, 0 for none; None
-        is 1 on CUDA, where a rank missed for 7 beats ends the others, and none on the CPU.
+        is 1 on CUDA, where a rank missed for 7 beats ends the others, and none on the CPU. symmetric: on CUDA, sum
+        through symmetric memory where all ranks can (symmetric/agreement.py), which takes 192 MiB of each GPU.
 
-        Raises ValueError where this process is no member or the backend does not fit.
+        Raises CollectiveError where a rank does not come, ValueError where this process is no member or the backend
+        does not fit, and as agreement.agree.
         """
         rank = dist.get_rank(process_group)
         if rank < 0:
@@ -112,14 +121,16 @@ class TPGroup:
         group.process_group, group._owned = process_group, owned
         if heartbeat is None:
             heartbeat = PERIOD if device.type == "cuda" else 0
-        if size > 1 and (heartbeat or (group.checked and device.type == "cuda")):
+        if size > 1 and (heartbeat or device.type == "cuda"):
             store = group._store = stores.private(process_group)
             if heartbeat:
                 group._heartbeat = Heartbeat(
                     store, rank, size, name, lambda: group._call, period=heartbeat, timeout=timeout
                 )
-        if not group.ordered and rank == 0 and size > 1:
-            log.info("group %s: sums over %d ranks are in NCCL's own order, not in rank order", name, size)
+            if symmetric and device.type == "cuda":
+                group._agree(dist.PrefixStore("symmetric", store))
+        if not group.ordered and group.symmetric is None and rank == 0 and size > 1:
+            log.info("group %s: NCCL's sums over %d ranks are in its own order, not in rank order", name, size)
         return group
 
     @classmethod
@@ -133,6 +144,9 @@ class TPGroup:
         abort: after an error, when the other ranks may never come: do not wait for them.
         """
         process_group, self.process_group = self.process_group, None
+        if self.symmetric is not None:
+            self.symmetric.close(wait=not abort)
+            self.symmetric = None
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat:
             heartbeat.leave(failed=abort)
@@ -150,6 +164,17 @@ class TPGroup:
 
     def __repr__(self) -> str:
         return f"TPGroup({self.name}: rank {self.rank} of {self.size} on {self.device}, {self.backend})"
+
+    def _agree(self, store: dist.Store) -> None:
+        from tp_attention.comm.symmetric.agreement import agree
+
+        try:
+            self.symmetric = agree(self.process_group, store, self.device, self.name, self.timeout)
+        except BaseException as error:
+            self.destroy(abort=True)
+            if isinstance(error, TimeoutError):
+                raise CollectiveError(f"rank {self.rank} of {self.size} of group {self.name}: {error}") from error
+            raise
 
     @contextmanager
     def transfer(

@@ -113,7 +113,9 @@ def make_mesh(
             process_group = dist.new_group(ranks, limit, backend, group_desc=name)
         if rank in ranks:
             mine[kind] = (
-                TPGroup.from_process_group(process_group, device, owned=True, timeout=timeout, heartbeat=heartbeat)
+                TPGroup.from_process_group(
+                    process_group, device, owned=True, timeout=timeout, heartbeat=heartbeat, symmetric=kind == "tp"
+                )
                 if process_group
                 else TPGroup.alone(device)
             )

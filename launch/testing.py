@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from tp_attention.comm import process_groups as groups
 from tp_attention.launch import environment
@@ -36,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def world(request: pytest.FixtureRequest) -> Callable[..., Run]:
     """world(n, tp=None, timeout=60) -> run; run(fn, *args) -> [fn(World, *args) of rank 0, rank 1, ...].
 
-    fn and its return value must be picklable. A failing rank is a RankError with its traceback, on every rank.
+    fn and its return value must be picklable; tensors come back on the CPU. A failing rank is a RankError with its
+    traceback, on every rank.
     """
     calls = itertools.count()
 
@@ -46,7 +48,7 @@ def world(request: pytest.FixtureRequest) -> Callable[..., Run]:
             if n == 1 and (environment.launched() or not torch.cuda.device_count()):
                 groups.check_tp(tp or 1, 1)
                 with World.alone() as alone:
-                    return [fn(alone, *args)]
+                    return [_on_cpu(fn(alone, *args))]
             if not environment.launched():
                 return spawn(_on_rank, n, tp, timeout, fn, args, timeout=timeout)
             request.getfixturevalue("_launched_world")
@@ -69,7 +71,12 @@ def _launched_world() -> Iterator[None]:
 
 def _on_rank(tp: int | None, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     with init(tp=tp, timeout=timeout) as joined:
-        return fn(joined, *args)
+        return _on_cpu(fn(joined, *args))
+
+
+def _on_cpu(value: Any) -> Any:
+    """Tensors of several GPUs cannot be compared, nor those of a process that ended."""
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, value)
 
 
 def _on_all_launched(

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from tp_attention.cache import LayerCache
-from tp_attention.comm import TPGroup, all_reduce
+from tp_attention.comm import TPGroup, linear_all_reduce
 from tp_attention.config import AttentionConfig
 from tp_attention.masks import alibi_slopes
-from tp_attention.ops import LinearOp, QKVGemmOp, SoftmaxContextOp
+from tp_attention.ops import QKVGemmOp, SoftmaxContextOp
 from tp_attention.rope import RotaryEmbedding
 from tp_attention.sharding import ShardPlan
 
@@ -67,7 +67,6 @@ class TPSelfAttention(nn.Module):
         self.rotary = None if config.rope is None else RotaryEmbedding(config.rope, config.head_dim)
         self.qkv = QKVGemmOp(config, self.plan, rank)
         self.softmax_context = SoftmaxContextOp(config, self.plan, rank)
-        self.out = LinearOp()
 
     def forward(
         self,
@@ -109,9 +108,7 @@ class TPSelfAttention(nn.Module):
             sinks=self.sinks,
             mask_is_final=mask_is_final,
         )
-        partial = self.out(context, self.out_weight)
-        y = all_reduce(partial, self.group, out=partial)
-        return y if self.out_bias is None else y + self.out_bias
+        return linear_all_reduce(context, self.out_weight, self.group, self.out_bias)
 
     def _rope(self, x: Tensor, positions: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor] | None:
         if self.rotary is None:

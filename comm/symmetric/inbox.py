@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tp_attention.comm.norm import Norm
 from tp_attention.comm.symmetric.kernels import one_shot_kernel, two_shot_kernel
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
@@ -19,8 +20,11 @@ MOST_RANKS = 8
 INBOX_BYTES = 64 << 20  # of every rank; longer tensors go through it piece by piece
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 NORMS = {None: 0, "rmsnorm": 1, "layernorm": 2}  # the kernel's constexpr NORM
+MOST_ROWS = 65535  # that a grid's second dimension holds
 MOST_NORM_COLUMNS = 16384  # of a row that one program holds
 WORD = 4  # bytes, as in kernels.py
+NORM_WARPS = 8
+SLICE_BYTES = 2048  # of a row that one program sends where another makes the norm
 ALIGNMENT = 64  # words: where a sender's part of an inbox may begin
 
 
@@ -32,33 +36,27 @@ class Config:
     warps: int
 
 
-@dataclass(frozen=True)
-class Norm:
-    """What follows the sum: kind "rmsnorm" or "layernorm" over the last dimension, weight and bias [columns] or None."""
-
-    kind: str
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 1e-5
-
-
 class Inboxes:
     """Every rank's inbox, all of one size, seen from rank `rank`. They are EMPTY, all bits set, between calls.
 
     inboxes: uint8 [size] each, one a rank, in rank order; the others' may be written by this process too. patience: how
-    often a program looks for values that do not come before it gives up. trap: giving up ends the process's use of the
-    GPU; otherwise `failed` says so and results are wrong.
+    often a program looks for values that do not come before it gives up, which ends the process's use of the GPU. If
+    negative, `failed` says so and results are wrong, as on a CPU.
 
     Tensors are contiguous, begin at multiples of 4 bytes and hold whole words of 4 bytes: `in_words` says whether.
     """
 
-    def __init__(self, rank: int, inboxes: Sequence[Tensor], *, patience: int, trap: bool = True) -> None:
+    def __init__(self, rank: int, inboxes: Sequence[Tensor], *, patience: int) -> None:
         self.rank, self.size, self.device = rank, len(inboxes), inboxes[rank].device
-        self.patience, self.trap = patience, trap
+        self.patience = patience
         self._half = inboxes[rank].numel() // 2 // WORD
         spare = [None] * (MOST_RANKS - len(inboxes))
         self._inboxes: list[Any] = [inbox.view(torch.int32) for inbox in inboxes] + spare
         self._state = torch.zeros(3, dtype=torch.int32, device=self.device)
+
+    def memory(self) -> list[Tensor]:
+        """What the kernels use beside their arguments."""
+        return [self._state, *(inbox for inbox in self._inboxes if inbox is not None)]
 
     def failed(self) -> bool:
         """Whether a rank was waited for in vain. Waits for the GPU."""
@@ -87,11 +85,14 @@ class Inboxes:
         if splits and words > most:
             raise ValueError(f"partial sums of {words} words do not fit in an inbox, which has room for {most}")
         step = most // row * row if norm is not None or bias is not None else most  # pieces are whole rows
-        config = config or one_shot_config(min(words, step) * WORD)
-        block, warps = config.nbytes // WORD, config.warps
-        if norm is not None:
+        if norm is not None:  # a program holds a row
+            step = min(step, MOST_ROWS * row)
             block = triton.next_power_of_2(row)
-            warps = min(32, max(4, block * WORD // 512))
+            warps = config.warps if config else NORM_WARPS
+            slices = 1 if x.data_ptr() == out.data_ptr() else max(1, block * WORD // SLICE_BYTES)
+        else:
+            config = config or one_shot_config(min(words, step) * WORD)
+            block, warps, slices = config.nbytes // WORD, config.warps, 1
         source, rest, normed_words = x if splits else _words(x), _words(residual), _words(normed)
         for start in range(0, words, step):
             count = min(step, words - start)
@@ -104,13 +105,13 @@ class Inboxes:
                 norm.eps if norm else 0.0, self.patience,
             )  # fmt: skip
             constexprs = dict(
-                RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size), SPLITS=splits, SENT=False,
+                RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size), SPLITS=splits,
                 HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=NORMS[norm.kind if norm else None],
                 HAS_NORM_WEIGHT=norm is not None and norm.weight is not None,
-                HAS_NORM_BIAS=norm is not None and norm.bias is not None,
+                HAS_NORM_BIAS=norm is not None and norm.bias is not None, SLICES=slices,
             )  # fmt: skip
-            programs = count // row if norm is not None else -(-count // block)
-            self._launch(one_shot_kernel, programs, args, constexprs, out.dtype, block, warps)
+            grid = (slices, count // row) if norm is not None else (-(-count // block), 1)
+            self._launch(one_shot_kernel, grid, args, constexprs, out.dtype, block, warps)
 
     def two_shot(self, x: Tensor, out: Tensor, *, config: Config | None = None) -> None:
         """out <- sum of x over the ranks: tensors of one shape and dtype. out may be x."""
@@ -125,12 +126,12 @@ class Inboxes:
             chunk = -(-count // (self.size * ALIGNMENT)) * ALIGNMENT
             args = source[part], target[part], self._state, *self._inboxes, count, self._half, chunk, self.patience
             constexprs = dict(RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size))
-            self._launch(two_shot_kernel, -(-chunk // block), args, constexprs, x.dtype, block, config.warps)
+            self._launch(two_shot_kernel, (-(-chunk // block), 1), args, constexprs, x.dtype, block, config.warps)
 
     def _launch(
         self,
         kernel: Any,
-        programs: int,
+        grid: tuple[int, int],
         args: Sequence[Any],
         constexprs: dict[str, Any],
         dtype: torch.dtype,
@@ -138,10 +139,9 @@ class Inboxes:
         warps: int,
     ) -> None:
         pdl = configs.architecture(self.device) == 90
-        trap = self.trap and not configs.interpreted()
-        constexprs |= dict(PDL=pdl, TRAP=trap, DTYPE=DTYPES[dtype], BLOCK=block)
+        constexprs |= dict(PDL=pdl, TRAP=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
         options = {"launch_pdl": True} if pdl else {}
-        launch(kernel, (programs,), self.device, args, constexprs, num_warps=warps, **options)
+        launch(kernel, grid, self.device, args, constexprs, num_warps=warps, **options)
 
 
 def in_words(x: Tensor) -> bool:

@@ -54,16 +54,11 @@ def _send(inboxes, o, segment, b_words, m, RANK: tl.constexpr, TO: tl.constexpr)
 
 
 @triton.jit
-def _arrive(p_state):
-    """How many programs had read the call's number before this one: all warps of this one have, and used it."""
-    tl.debug_barrier()
-    return tl.atomic_add(p_state + 1, 1, sem="relaxed")  # a release would wait for all that was sent
-
-
-@triton.jit
-def _leave(p_state, turn, arrived):
-    """The last program to have read the number counts on."""
-    if arrived == tl.num_programs(0) - 1:
+def _count(p_state, turn):
+    """Say that this program has read the call's number. The last to say so counts on: nobody here reads it any more."""
+    tl.debug_barrier()  # all warps of this one have, and used it
+    arrived = tl.atomic_add(p_state + 1, 1, sem="relaxed")  # a release would wait for all that was sent
+    if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
         tl.store(p_state + 1, 0)
         tl.store(p_state, turn + 1)
 
@@ -74,13 +69,13 @@ def _received(p_in, m_in, p_state, patience, TRAP: tl.constexpr):
     b_in = tl.load(p_in, mask=m_in, other=0, volatile=True)
     missing = tl.max((b_in == -1).to(tl.int32))
     looks = 0
-    while (missing > 0) & (looks < patience):
+    while (missing > 0) & (looks < tl.abs(patience)):
         b_in = tl.load(p_in, mask=m_in, other=0, volatile=True)
         missing = tl.max((b_in == -1).to(tl.int32))
         looks += 1
     if missing > 0:  # a rank is dead or elsewhere: better an error than a wait for ever
         tl.store(p_state + 2, 1)
-        if TRAP:
+        if TRAP & (patience > 0):
             tl.inline_asm_elementwise(_TRAP, "=r,r", [missing], tl.int32, is_pure=False, pack=1)
     tl.store(p_in, tl.full(b_in.shape, -1, tl.int32), mask=m_in)
     return b_in
@@ -103,22 +98,27 @@ def _summed(
         b_in = tl.where(o_rank == RANK, b_own[None, :], b_in)
         for rank in tl.static_range(WORLD):
             b_row = tl.sum(tl.where(o_rank == rank, b_in, 0), 0)  # picks one row: the others are 0
-            b_sum = _values(b_row, DTYPE) if rank == 0 else b_sum + _values(b_row, DTYPE)  # noqa: F821
+            if rank == 0:
+                b_sum = _values(b_row, DTYPE)
+            else:
+                b_sum += _values(b_row, DTYPE)
     return b_sum.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
-def _own(p_x, o, m, words, SPLITS: tl.constexpr, DTYPE: tl.constexpr):
-    """This rank's words: as they are, or of fp32 partial sums [SPLITS, words, values in a word] of a projection."""
+def _own(p_x, start, end, words, SPLITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """This rank's words from start on: as they are, or of fp32 partial sums [SPLITS, values] of a projection."""
     if SPLITS:
         PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-        p_x += o[:, None] * PER + tl.arange(0, PER)[None, :]
-        b_sum = tl.load(p_x, mask=m[:, None], other=0.0)
+        o = start * PER + tl.arange(0, BLOCK * PER)
+        m = o < end * PER
+        b_sum = tl.load(p_x + o, mask=m, other=0.0)
         for i in tl.static_range(1, SPLITS):
-            b_sum += tl.load(p_x + i * words * PER, mask=m[:, None], other=0.0)
-        return _words(b_sum, DTYPE)
+            b_sum += tl.load(p_x + i * words * PER + o, mask=m, other=0.0)
+        return _words(tl.reshape(b_sum, (BLOCK, PER)), DTYPE)
     else:
-        return tl.load(p_x + o, mask=m, other=0)
+        o = start + tl.arange(0, BLOCK)
+        return tl.load(p_x + o, mask=o < end, other=0)
 
 
 @triton.jit
@@ -130,50 +130,60 @@ def one_shot_kernel(
     p_norm_bias,
     p_out,  # [words]
     p_normed,  # [words], where NORM
-    p_state,  # int32 [3]: calls so far, programs that have arrived in this one, whether one waited in vain
+    p_state,  # int32 [3]: calls so far, programs that know that in this one, whether one waited in vain
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,  # every rank's inbox
     words,
     row,  # words in a row
     half,  # words in half an inbox
     segment,  # words between the senders' parts of it
     eps,
-    patience,
+    patience,  # looks at words that have not come; if negative, giving up only sets p_state[2]
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     RANKS: tl.constexpr,  # WORLD, as a power of two
     SPLITS: tl.constexpr,
-    SENT: tl.constexpr,  # the projection stored its tiles into the inboxes already
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,  # 0 none, 1 RMSNorm, 2 LayerNorm: a program makes one row
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
+    SLICES: tl.constexpr,
     PDL: tl.constexpr,
-    TRAP: tl.constexpr,  # end the process where a rank does not come
+    TRAP: tl.constexpr,  # whether there is an instruction that ends the process's use of the GPU
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Everyone sends all to everyone: size - 1 times x over each link, one way's delay."""
+    """Everyone sends all to everyone: size - 1 times x over each link, one way's delay.
+
+    With NORM a program makes a whole row, which it takes long to send from one SM alone: SLICES programs, neighbours in
+    the grid, send a part each, and the first of them does the rest. It stores what the others may yet read, so then
+    p_out is not p_x.
+    """
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
-    o_inside = tl.arange(0, BLOCK)
-    if NORM:
-        o = tl.program_id(0).to(tl.int64) * row + o_inside
-        m = o_inside < row
-    else:
-        o = tl.program_id(0).to(tl.int64) * BLOCK + o_inside
-        m = o < words
+    start = tl.program_id(1 if NORM else 0).to(tl.int64) * (row if NORM else BLOCK)
+    end = start + row if NORM else words
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     turn = tl.load(p_state, volatile=True)
     inbox = (turn & 1) * tl.cast(half, tl.int64)
     segment = tl.cast(segment, tl.int64)
-    b_own = _own(p_x, o, m, words, SPLITS, DTYPE)
-    if not SENT:
-        for i in tl.static_range(1, WORLD):
-            _send(inboxes, inbox + o, segment, b_own, m, RANK, (RANK + i) % WORLD)
-    arrived = _arrive(p_state)
+    PART: tl.constexpr = BLOCK // SLICES
+    first = start + (tl.program_id(0) * PART if NORM else 0)
+    b_own = _own(p_x, first, end, words, SPLITS, DTYPE, PART)
+    o_sent = first + tl.arange(0, PART)
+    for i in tl.static_range(1, WORLD):
+        _send(inboxes, inbox + o_sent, segment, b_own, o_sent < end, RANK, (RANK + i) % WORLD)
+    _count(p_state, turn)
+    if SLICES > 1:
+        if tl.program_id(0) > 0:
+            return
+        b_own = _own(p_x, start, end, words, SPLITS, DTYPE, BLOCK)
+
     # What does not wait for the others is fetched while their values are on the way.
+    o_inside = tl.arange(0, BLOCK)
+    o = start + o_inside
+    m = o < end
     if HAS_BIAS:
         b_bias = _values(tl.load(p_bias + (o_inside if NORM else o % row), mask=m, other=0), DTYPE)
     if HAS_RESIDUAL:
@@ -202,7 +212,6 @@ def one_shot_kernel(
         if HAS_NORM_BIAS:
             b_y += b_norm_bias
         tl.store(p_normed + o, _words(b_y, DTYPE), mask=m)
-    _leave(p_state, turn, arrived)
 
 
 @triton.jit
@@ -242,7 +251,7 @@ def two_shot_kernel(
         _send(inboxes, inbox + o, chunk, tl.load(p_x + o_x, mask=m, other=0), m, RANK, (RANK + i) % WORLD)
     m = (o < chunk) & (RANK * chunk + o < words)
     b_own = tl.load(p_x + RANK * chunk + o, mask=m, other=0)
-    arrived = _arrive(p_state)
+    _count(p_state, turn)
 
     b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
     b_words = _words(b_sum, DTYPE)
@@ -256,4 +265,44 @@ def two_shot_kernel(
     m_out = (o_rank != RANK) & (o_rank < WORLD) & (o < chunk)[None, :] & (o_out < words)
     p_sums = inboxes[RANK] + sums + o_place * chunk + o[None, :]
     tl.store(p_out + o_out, _received(p_sums, m_out, p_state, patience, TRAP), mask=m_out)
-    _leave(p_state, turn, arrived)
+
+
+@triton.jit
+def add_kernel(
+    p_own,  # [words]
+    p_others,  # [WORLD - 1, words], lines `stride` words apart: the other ranks' in rank order
+    p_bias,  # [row]
+    p_residual,  # [words]
+    p_out,
+    words,
+    stride,
+    row,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What one_shot_kernel makes of the ranks' values, where all of them lie here."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < words
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for rank in tl.static_range(WORLD):
+        if rank == RANK:
+            b_words = tl.load(p_own + o, mask=m, other=0)
+        else:
+            b_words = tl.load(p_others + (rank - (rank > RANK)) * tl.cast(stride, tl.int64) + o, mask=m, other=0)
+        if rank == 0:
+            b_y = _values(b_words, DTYPE)
+        else:
+            b_y += _values(b_words, DTYPE)
+    b_y = b_y.to(DTYPE).to(tl.float32)
+    if HAS_BIAS:
+        b_y += _values(tl.load(p_bias + o % row, mask=m, other=0), DTYPE)
+    if HAS_RESIDUAL:
+        b_y += _values(tl.load(p_residual + o, mask=m, other=0), DTYPE)
+    tl.store(p_out + o, _words(b_y, DTYPE), mask=m)

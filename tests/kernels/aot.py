@@ -52,6 +52,10 @@ class Compiled:
     def setmaxnreg(self) -> bool:
         return "setmaxnreg" in self.ptx
 
+    @property
+    def polls(self) -> bool:
+        return "ld.volatile.global.v4" in self.ptx
+
     def fixed_bounds(self) -> list[str]:
         """Loops within a loop whose upper bound is made outside of both, or a constant."""
         found, outer = [], []

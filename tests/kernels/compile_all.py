@@ -28,6 +28,8 @@ def main(architecture: int, wanted: list[str]) -> None:
             faults = [f"{k.name}: {k.spills} bytes spilled" for k in target.kernels if k.spills]
             limit = SHARED_MEMORY[architecture]
             faults += [f"{k.name}: {k.shared} bytes shared, {limit} fit" for k in target.kernels if k.shared > limit]
+            if launch.polls and not all(k.polls for k in target.kernels):
+                faults.append("a wait does not look at 16 bytes at a time")
             if architecture == 90:
                 for feature in ("wgmma", "tma"):
                     needed, used = getattr(launch, feature), any(getattr(k, feature) for k in target.kernels)

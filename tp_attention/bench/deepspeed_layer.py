@@ -112,8 +112,8 @@ def _measure(shape: Shape, world: launch.World, dtype: torch.dtype, out: Path) -
         notes[who] = f"error {error:.1e}, ours differs by {difference:.1e}"
         if not difference <= LIMIT * (1 if dtype == torch.float16 else 8):
             raise RuntimeError(f"{shape}: ours differs from {who} by {difference:.2e}, more than {LIMIT}")
-    eager = _eager(calls, device)
-    graphs = _graphs(calls, device, notes)
+    eager = _eager(calls, world.tp)
+    graphs = _graphs(calls, world.tp, notes)
     base = eager[next(iter(contenders))]
     launches = _launches(calls[next(iter(contenders))], device)
     for who in contenders:
@@ -180,12 +180,13 @@ def _truth(shape: Shape, weights: dict[str, Tensor], x: Tensor, gamma: Tensor, b
     return torch.stack(contexts) @ weights["attn_ow"].double()
 
 
-def _eager(calls: dict[str, Call], device: torch.device) -> dict[str, float]:
-    """Median µs of a call, of CALLS one after the other, the contenders in turns."""
+def _eager(calls: dict[str, Call], group: TPGroup) -> dict[str, float]:
+    """Median µs of a call, of CALLS one after the other, the contenders in turns; the ranks meet before each burst."""
     samples: dict[str, list[float]] = {who: [] for who in calls}
     for turn in range(ROUNDS + 2):
         for who, call in calls.items() if turn % 2 else reversed(calls.items()):
-            spent = _burst(call, device)
+            timing.meet(group)
+            spent = _burst(call, group.device)
             if turn >= 2:  # two turns to warm up
                 samples[who].append(spent)
     return {who: statistics.median(spent) for who, spent in samples.items()}
@@ -202,16 +203,17 @@ def _burst(call: Call, device: torch.device) -> float:
     return (time.perf_counter() - start) / CALLS * 1e6
 
 
-def _graphs(calls: dict[str, Call], device: torch.device, notes: dict[str, str]) -> dict[str, float]:
+def _graphs(calls: dict[str, Call], group: TPGroup, notes: dict[str, str]) -> dict[str, float]:
+    device = group.device
     if device.type != "cuda":
         return {}
     ready = {}
     for who, call in calls.items():
         try:
-            ready[who] = timing.ready([call], device)
+            ready[who] = timing.ready([call], device, group)
         except Exception as failure:
             notes[who] += f"; no graph: {reason(failure, device)}"
-    measured = timing.in_turns(list(ready.values()), device)
+    measured = timing.in_turns(list(ready.values()), device, group=group)
     return {who: each.ms * 1e3 for who, each in zip(ready, measured, strict=True)}
 
 

@@ -6,6 +6,9 @@ that nothing that a call reads is left in the L2 by the one before it; a replay 
 
 Those that are compared take turns, A B C C B A: a GPU that warms up or throttles would favour whoever comes first. So
 they have one clock in common, which under a power limit is not the clock that each would have alone.
+
+Calls that hold collectives take the group they run on: every rank then makes as many calls as rank 0, in the same
+order, and the ranks meet before each capture and before they time. A call that raises does so on every rank.
 """
 
 from __future__ import annotations
@@ -17,10 +20,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from tp_attention import comm
+from tp_attention.comm import TPGroup
+
 Call = Callable[[], object]
+Result = TypeVar("Result")
 
 COLD_BYTES, MIN_COPIES = 200_000_000, 4
 BUDGET_MS = 100.0  # of samples
@@ -59,38 +67,97 @@ class Contender:
     ms: float
 
 
-def measure(calls: Sequence[Call], device: torch.device, budget_ms: float | None = None) -> Timing:
+def measure(
+    calls: Sequence[Call], device: torch.device, budget_ms: float | None = None, group: TPGroup | None = None
+) -> Timing:
     """Time calls, which do the same work on different copies of the inputs; the result is for one of them."""
-    return in_turns([ready(calls, device)], device, budget_ms)[0]
+    return in_turns([ready(calls, device, group)], device, budget_ms, group)[0]
 
 
-def ready(calls: Sequence[Call], device: torch.device) -> Contender:
-    """All that can fail, and all that is done once: compiling, first allocations, on a GPU the capture of a graph."""
+def ready(calls: Sequence[Call], device: torch.device, group: TPGroup | None = None) -> Contender:
+    """All that can fail, and all that is done once: compiling, first allocations, on a GPU the capture of a graph.
+
+    group: all of its ranks call this at once. What raises on one of them is a RuntimeError on the others.
+    """
     if device.type == "cuda":
-        return _captured(calls)
-    calls[0]()
+        return _captured(calls, group)
+    together(group, calls[0])
     turn = itertools.cycle(calls)
-    return Contender(calls, lambda: next(turn)(), 1, _times([calls[0]], device)[0])
+    return Contender(calls, lambda: next(turn)(), 1, of_first(_times([calls[0]], device)[0], group))
 
 
-def in_turns(contenders: Sequence[Contender], device: torch.device, budget_ms: float | None = None) -> list[Timing]:
-    """Time contenders in rounds of a replay each, every other round in reverse; the budget is for each of them."""
+def in_turns(
+    contenders: Sequence[Contender],
+    device: torch.device,
+    budget_ms: float | None = None,
+    group: TPGroup | None = None,
+) -> list[Timing]:
+    """Time contenders in rounds of a replay each, every other round in reverse; the budget is for each of them.
+
+    group: its ranks call this at once, with the same contenders in the same order; the times are this rank's.
+    """
     if not contenders:
         return []
     budget_ms = len(contenders) * (BUDGET_MS if budget_ms is None else budget_ms)
-    rounds = min(max(int(budget_ms / sum(one.ms for one in contenders)), MIN_SAMPLES), MAX_SAMPLES)
+    round_ms = of_first(sum(one.ms for one in contenders), group)
+    rounds = min(max(int(budget_ms / round_ms), MIN_SAMPLES), MAX_SAMPLES)
     rounds += rounds % 2  # as many in reverse
     warm = max(1, int(WARMUP * rounds))
     forward = range(len(contenders))
     order = [i for turn in range(warm + rounds) for i in (reversed(forward) if turn % 2 else forward)]
     samples: list[list[float]] = [[] for _ in contenders]
+    meet(group)
     for i, ms in zip(order, _times([contenders[i].replay for i in order], device), strict=True):
         samples[i].append(ms / contenders[i].count)
     return [Timing.of(every[warm:]) for every in samples]
 
 
-def _captured(calls: Sequence[Call]) -> Contender:
+def meet(group: TPGroup | None) -> None:
+    """Returns once every rank has come here and its GPU is done; at once without a group."""
+    if group is not None:
+        comm.barrier(group)
+        if group.device.type == "cuda":
+            torch.cuda.synchronize(group.device)
+
+
+def together(group: TPGroup | None, step: Callable[[], Result]) -> Result:
+    """step(). With a group a RuntimeError where it raised on another rank, which would not come to what follows."""
+    if group is None:
+        return step()
+    failure: Exception | None = None
+    try:
+        result = step()
+    except Exception as error:
+        failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=group.device)  # ints go by the backend
+    total = int(comm.all_reduce(failed, group).item())
+    if failure is not None:
+        raise failure
+    if total:
+        raise RuntimeError(f"failed on {total} of the other ranks")
+    return result
+
+
+def of_first(value: float, group: TPGroup | None) -> float:
+    """Rank 0's value on every rank: a count that follows from each rank's own would not be the same on all."""
+    if group is None:
+        return value
+    return comm.broadcast(torch.tensor([value], dtype=torch.float64, device=group.device), group).item()
+
+
+def _captured(calls: Sequence[Call], group: TPGroup | None) -> Contender:
     # Outside of the graph, and on a side stream as capture wants it: compiling, tuning, first allocations.
+    together(group, lambda: _warm_up(calls))
+    graph, rounds = _capture(calls, 1, group), 1
+    meet(group)
+    once = of_first(statistics.median(_times([graph.replay] * 3, torch.device("cuda"))), group)
+    wanted = min(math.ceil(REPLAY_MS / once), MAX_CALLS // len(calls))
+    if wanted > 1:
+        graph, rounds = _capture(calls, wanted, group), wanted
+    return Contender(calls, graph.replay, rounds * len(calls), once * rounds)
+
+
+def _warm_up(calls: Sequence[Call]) -> None:
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -99,21 +166,20 @@ def _captured(calls: Sequence[Call]) -> Contender:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
 
-    graph, rounds = _capture(calls, 1), 1
-    once = statistics.median(_times([graph.replay] * 3, torch.device("cuda")))
-    wanted = min(math.ceil(REPLAY_MS / once), MAX_CALLS // len(calls))
-    if wanted > 1:
-        graph, rounds = _capture(calls, wanted), wanted
-    return Contender(calls, graph.replay, rounds * len(calls), once * rounds)
 
+def _capture(calls: Sequence[Call], rounds: int, group: TPGroup | None) -> torch.cuda.CUDAGraph:
+    def capture() -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # NCCL has threads of its own, which look at events meanwhile: only this one is held to what a capture allows.
+        mode = "global" if group is None or group.size == 1 else "thread_local"
+        with torch.cuda.graph(graph, stream=_side_stream(), capture_error_mode=mode):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        return graph
 
-def _capture(calls: Sequence[Call], rounds: int) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=_side_stream()):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    return graph
+    meet(group)
+    return together(group, capture)
 
 
 @functools.cache

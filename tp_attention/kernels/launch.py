@@ -36,6 +36,7 @@ def launch(
     if 0 in grid:
         return
     if device.type != "cuda" or configs.interpreted():  # or a test that compiles for a GPU which is not here
+        _check_order(kernel, args, constexprs)
         kernel[grid](*args, **constexprs, **options)
     elif device.index == torch.cuda.current_device():
         _launch(kernel, grid, args, constexprs, options, device.index)
@@ -62,8 +63,7 @@ def _launch(
     if compiled is None:
         if watch is not None:
             watch.compiled = True
-        if [*constexprs] != kernel.arg_names[len(args) :]:
-            raise TypeError(f"{kernel.__name__} takes {kernel.arg_names[len(args) :]}, got {[*constexprs]}")
+        _check_order(kernel, args, constexprs)
         _compiled[key] = kernel[grid](*args, **constexprs, **options)
         return
     values = *args, *constexprs.values()
@@ -81,6 +81,12 @@ def _launch(
         run()
     else:
         watch.launched(compiled, values, run)
+
+
+def _check_order(kernel: Any, args: Sequence[Any], constexprs: Mapping[str, Any]) -> None:
+    """A compiled kernel is called with values alone, so their order must be its parameters'."""
+    if [*constexprs] != kernel.arg_names[len(args) :]:
+        raise TypeError(f"{kernel.__name__} takes {kernel.arg_names[len(args) :]}, got {[*constexprs]}")
 
 
 def _kind(arg: Any, specialised: bool) -> Any:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,13 @@ _plans: OrderedDict[Any, Any] = OrderedDict()  # a Plan, _SEEN for a call that w
 _thread = threading.local()  # watch: the Watch of this thread; busy: calls are not to be replayed
 
 
-def again(function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """function(*args, **keywords), by what is known of an earlier call where its tensors are on the current GPU."""
+def again(
+    function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any], fixed: Sequence[Tensor] = ()
+) -> Any:
+    """function(*args, **keywords), by what is known of an earlier call where its tensors are on the current GPU.
+
+    fixed: tensors that the function uses beside its arguments; they must stay where they are until `forget`.
+    """
     if getattr(_thread, "busy", False) or profiled():
         return function(*args, **keywords)
     tensors: list[Tensor] = []
@@ -54,7 +59,7 @@ def again(function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[st
         while len(_plans) > MOST_PLANS:
             _plans.popitem(last=False)
         return function(*args, **keywords)
-    watch = _thread.watch = Watch(tensors)
+    watch = _thread.watch = Watch(tensors, fixed)
     _thread.busy = True
     try:
         with watch:
@@ -88,7 +93,7 @@ def paused() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Drop all that is kept: configurations have changed."""
+    """Drop all that is kept: configurations have changed, or fixed tensors are about to go."""
     _plans.clear()
 
 

@@ -362,54 +362,90 @@ def skinny_gemm(
     rms_eps: RMSNorm x first, with norm_weight [K] or none. weight_scale: fp32 [N, K / group] of an int8 weight, which
     is not transposed. heads: q/k norm and RoPE of the result. out: contiguous [M, N], written and returned.
     """
-    if weight.stride(1) != 1 == weight.stride(0) and weight_scale is None:  # the other layout, seen through a view
-        weight, transposed = weight.T, not transposed
-    (rows, depth), columns = x.shape, weight.shape[1 if transposed else 0]
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if out is None else out
-    group = 0
-    if weight_scale is not None:
-        weight_scale = weight_scale.contiguous()
-        group = depth // weight_scale.shape[1]
-    aligned = _rows_aligned(weight) and group % 16 == 0
-    architecture = configs.architecture(x.device)
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    kind = "int8" if group else "float32" if x.dtype == torch.float32 else "half"
-    # what cannot be loaded by 16 bytes takes so many registers that only the smallest blocks do not spill
-    config = configs.choose("skinny_gemm", CONFIGS, (architecture if aligned else 0, block_m, kind), config)
-
-    block_n, block_k, packed = config.block_n, config.block_k, False
-    if group:
-        block_k = max(64, min(block_k, triton.next_power_of_2(group)))
-        packed = group % 2 == 0 and weight.stride(1) == 1 and (weight.stride(0) | weight.data_ptr()) % 2 == 0
-        weight = weight.view(torch.int16) if packed else weight
-    steps = depth // group * -(-group // block_k) if group else -(-depth // block_k)
-    tiles = -(-columns // block_n)
-    splits, steps = splits_of(tiles, steps, config.blocks * configs.multiprocessors(x.device))
-
-    merged = splits > 1 or rms_eps is not None or heads is not None
-    pdl = architecture == 90
-    parts = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device) if merged else out
-    stride_n, stride_k = weight.stride()[::-1] if transposed else weight.stride()
-    tma, w = config.tma and aligned, weight
-    if tma:
-        block = [block_k, block_n] if transposed else [block_n, block_k // 2 if packed else block_k]
-        w = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block)
-    product_bias = None if merged else bias
-    args = (
-        w, weight, x, norm_weight, weight_scale, product_bias, parts,
-        rows, columns, depth, steps, stride_n, stride_k, x.stride(0),
-    )  # fmt: skip
-    constexprs = dict(
-        GROUP=group, PACKED=packed, HAS_NORM_WEIGHT=norm_weight is not None, HAS_BIAS=product_bias is not None,
-        EVEN_K=(group or depth) % block_k == 0, TRANSPOSED=transposed, TMA=tma, PREFETCH=config.prefetch, PDL=pdl,
-        UPCAST=configs.interpreted(), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-    )  # fmt: skip
-    options = dict(num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}))
-    launch(skinny_gemm_kernel, (tiles, splits), x.device, args, constexprs, **options)
-    if merged:
-        _merge(parts, x, bias, rms_eps, heads or Heads(0, 0, MERGE_COLUMNS), out, pdl)
+    plan = _Product(x, weight, weight_scale, transposed, config)
+    out = torch.empty((x.shape[0], plan.columns), dtype=x.dtype, device=x.device) if out is None else out
+    if plan.splits == 1 and rms_eps is None and heads is None:
+        plan.launch(out, norm_weight, bias)
+        return out
+    parts = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=x.device)
+    plan.launch(parts, norm_weight, None)
+    _merge(parts, x, bias, rms_eps, heads or Heads(0, 0, MERGE_COLUMNS), out, plan.pdl)
     return out
+
+
+def partial_sums(
+    x: Tensor, weight: Tensor, *, weight_scale: Tensor | None = None, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The product as it is before its parts are added up, and where the sum would go: fp32 [splits, M, N], [M, N].
+
+    Both are the same tensor where K is not split. Arguments as those of skinny_gemm.
+    """
+    x = x if x.stride(1) == 1 else x.contiguous()
+    plan = _Product(x, weight, weight_scale, transposed, None)
+    out = parts = torch.empty((x.shape[0], plan.columns), dtype=x.dtype, device=x.device)
+    if plan.splits > 1:
+        parts = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=x.device)
+    plan.launch(parts, None, None)
+    return parts, out
+
+
+class _Product:
+    """How one product is cut into programs, and its launch."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, weight_scale: Tensor | None, transposed: bool, config: Config | None
+    ) -> None:
+        if weight.stride(1) != 1 == weight.stride(0) and weight_scale is None:  # the other layout, seen through a view
+            weight, transposed = weight.T, not transposed
+        (rows, depth), self.columns = x.shape, weight.shape[1 if transposed else 0]
+        self.group = 0
+        if weight_scale is not None:
+            weight_scale = weight_scale.contiguous()
+            self.group = depth // weight_scale.shape[1]
+        group = self.group
+        aligned = _rows_aligned(weight) and group % 16 == 0
+        architecture = configs.architecture(x.device)
+        self.block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        kind = "int8" if group else "float32" if x.dtype == torch.float32 else "half"
+        # what cannot be loaded by 16 bytes takes so many registers that only the smallest blocks do not spill
+        self.config = configs.choose(
+            "skinny_gemm", CONFIGS, (architecture if aligned else 0, self.block_m, kind), config
+        )
+
+        self.block_k, self.packed = self.config.block_k, False
+        if group:
+            self.block_k = max(64, min(self.block_k, triton.next_power_of_2(group)))
+            self.packed = group % 2 == 0 and weight.stride(1) == 1 and (weight.stride(0) | weight.data_ptr()) % 2 == 0
+            weight = weight.view(torch.int16) if self.packed else weight
+        steps = depth // group * -(-group // self.block_k) if group else -(-depth // self.block_k)
+        self.tiles = -(-self.columns // self.config.block_n)
+        slots = self.config.blocks * configs.multiprocessors(x.device)
+        self.splits, self.steps = splits_of(self.tiles, steps, slots)
+        self.pdl, self.tma = architecture == 90, self.config.tma and aligned
+        self.x, self.weight, self.weight_scale, self.transposed = x, weight, weight_scale, transposed
+
+    def launch(self, out: Tensor, norm_weight: Tensor | None, bias: Tensor | None) -> None:
+        """out: [M, N], or fp32 [splits, M, N]."""
+        x, config, w = self.x, self.config, self.weight
+        rows, depth = x.shape
+        block_n, block_k, transposed, packed = config.block_n, self.block_k, self.transposed, self.packed
+        stride_n, stride_k = w.stride()[::-1] if transposed else w.stride()
+        source: Tensor | TensorDescriptor = w
+        if self.tma:
+            block = [block_k, block_n] if transposed else [block_n, block_k // 2 if packed else block_k]
+            source = TensorDescriptor(w, list(w.shape), list(w.stride()), block)
+        args = (
+            source, w, x, norm_weight, self.weight_scale, bias, out,
+            rows, self.columns, depth, self.steps, stride_n, stride_k, x.stride(0),
+        )  # fmt: skip
+        constexprs = dict(
+            GROUP=self.group, PACKED=packed, HAS_NORM_WEIGHT=norm_weight is not None, HAS_BIAS=bias is not None,
+            EVEN_K=(self.group or depth) % block_k == 0, TRANSPOSED=transposed, TMA=self.tma, PREFETCH=config.prefetch,
+            PDL=self.pdl, UPCAST=configs.interpreted(), BLOCK_M=self.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        )  # fmt: skip
+        options = dict(num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if self.pdl else {}))
+        launch(skinny_gemm_kernel, (self.tiles, self.splits), x.device, args, constexprs, **options)
 
 
 def _merge(

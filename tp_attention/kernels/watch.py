@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_s
 class Watch(TorchDispatchMode):
     """Sees what a call allocates and launches, and whether it does anything else."""
 
-    def __init__(self, inputs: list[Tensor]) -> None:
+    def __init__(self, inputs: list[Tensor], fixed: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.inputs = list(inputs)
+        self.fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
         self.allocated: list[Tensor] = []
         self.launches: list[tuple[Any, tuple[Any, ...], Callable[..., Any], tuple[Any, ...]]] = []
         self.obstacle = ""
@@ -139,7 +140,10 @@ class Watch(TorchDispatchMode):
         at = 0
         for value, expanded, metadata in described(compiled, values):
             if isinstance(value, Tensor):
-                pointers.append((at, self._place(value)))
+                if value.untyped_storage().data_ptr() in self.fixed:
+                    kernel[at] = value.data_ptr()
+                else:
+                    pointers.append((at, self._place(value)))
             elif expanded is not None:
                 place = self._place(value.base)
                 if isinstance(expanded[0], Tensor):

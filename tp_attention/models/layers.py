@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tp_attention.comm import TPGroup, all_gather, all_reduce
+from tp_attention.comm import TPGroup, all_gather, all_reduce, linear_all_reduce
 from tp_attention.ops import LinearOp
 from tp_attention.sharding import ShardPlan
 
@@ -45,9 +45,7 @@ class TPMLP(nn.Module):
             h = self.activation(gate) * up
         else:
             h = self.activation(h)
-        partial = self.linear(h, self.out_weight)
-        y = all_reduce(partial, self.group, out=partial)
-        return y if self.out_bias is None else y + self.out_bias
+        return linear_all_reduce(h, self.out_weight, self.group, self.out_bias)
 
 
 class VocabParallelEmbedding(nn.Module):

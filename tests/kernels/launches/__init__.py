@@ -14,7 +14,8 @@ class Launch:
     """call: launches kernels. wgmma, tma: whether some kernel of it must use these on sm_90 (None: either way).
 
     kernels: at most so many may be compiled for it. setmaxnreg: on sm_90 its warpgroups must share out registers.
-    moving: no loop within a loop may run to a bound from outside of both, which Triton makes of a carried one.
+    moving: no loop within a loop may run to a bound from outside of both, which Triton makes of a carried one. polls:
+    what waits for another GPU's values must look at 16 bytes at a time.
     """
 
     call: Callable[[], object]
@@ -23,3 +24,4 @@ class Launch:
     kernels: int = 2
     setmaxnreg: bool = False
     moving: bool = False
+    polls: bool = False

@@ -1,0 +1,168 @@
+"""Sums over the GPUs of one host through symmetric memory: which way for which size, and every tensor made to fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tp_attention.comm.norm import Norm
+from tp_attention.comm.symmetric.inbox import DTYPES, MOST_NORM_COLUMNS, WORD, Inboxes, in_words
+from tp_attention.comm.symmetric.overlap import Overlap
+from tp_attention.kernels import replay
+from tp_attention.kernels.gemm import gemm
+from tp_attention.kernels.skinny_gemm import MAX_ROWS, partial_sums
+
+AUTO, ONE_SHOT, TWO_SHOT = "auto", "one_shot", "two_shot"
+
+# Up to how many bytes everyone sends all of x to everyone, by the number of ranks; two shots move fewer beyond. Of two
+# ranks measured on H200s (benchmarks/all_reduce.csv): one shot is the faster or within 1% at every size. Of more,
+# from the model in bench/links.py: a second delay of 1.5 µs against (size - 1)(1 - 2 / size) times x over 390 GB/s.
+ONE_SHOT_BYTES = {2: None, 3: 896 << 10, 4: 384 << 10, 5: 240 << 10, 6: 176 << 10, 7: 136 << 10, 8: 112 << 10}
+
+
+class SymmetricSums:
+    """all_reduce and the projection before it, for fp32, fp16 and bf16 on `size` GPUs of one host.
+
+    stages: memory of every rank that the others bring parts of projections to, uint8 (overlap.py). way: "one_shot",
+    "two_shot" or "auto", which chooses by size. keep: what must live as long as the memory.
+
+    Streams: a call waits for the latest one, on whatever stream that was. Calls that are captured in a graph are
+    ordered by the graph, and whoever replays it on one stream and calls on another must order those.
+    """
+
+    def __init__(self, inboxes: Inboxes, stages: list[Tensor], way: str = AUTO, keep: Any = None) -> None:
+        self.inboxes, self.rank, self.size, self.way = inboxes, inboxes.rank, inboxes.size, way
+        self.device = inboxes.device
+        self.overlap = Overlap(inboxes, stages)
+        self._keep = keep
+        self._latest: int | None = None  # the stream of the latest call
+
+    def close(self, *, wait: bool) -> None:
+        """Nothing is kept any more that uses the memory. wait: until kernels that do have ended."""
+        if self.device.type == "cuda":
+            replay.forget()
+            if wait:
+                torch.cuda.synchronize(self.device)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is of a dtype that is summed here."""
+        return x.dtype in DTYPES
+
+    def way_of(self, nbytes: int) -> str:
+        """How a tensor of so many bytes is summed."""
+        if self.way != AUTO:
+            return self.way
+        most = ONE_SHOT_BYTES[self.size]
+        return ONE_SHOT if most is None or nbytes <= most else TWO_SHOT
+
+    def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum of x over the ranks, in fp32 and rank order, rounded once. out: None, x, or like x."""
+        self._follow()
+        way = self.way_of(x.nbytes)
+        if in_words(x) and (out is None or in_words(out)):
+            if out is x:  # which replay knows as one tensor
+                return self._again(self._sum_in_place, x, way)
+            return self._again(self._sum, x, out, way)
+        # an odd number of halves, a view that begins at an odd one, or one that is not contiguous
+        numel = x.numel()
+        padded = F.pad(x.reshape(-1), (0, -numel % (WORD // x.element_size()))).clone()
+        total = self._sum_in_place(padded, way)[:numel].view(x.shape)
+        return total if out is None else out.copy_(total)
+
+    def project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        weight_scale: Tensor | None = None,
+        transposed: bool = False,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """x [M, K] @ weightᵀ summed over the ranks, + bias [N] + residual [M, N], and the norm of that if asked for.
+
+        None where these shapes are better served by a projection, an all_reduce and a norm.
+        """
+        rows, columns = x.shape[0], weight.shape[1 if transposed else 0]
+        if not rows or columns * x.element_size() % WORD:
+            return None
+        bias, residual = _in_words(bias), _in_words(residual)
+        if rows <= MAX_ROWS:
+            way = self.way_of(rows * columns * x.element_size())
+            if way != ONE_SHOT or (norm is not None and columns > MOST_NORM_COLUMNS):
+                return None
+            follows = (None,) if norm is None else (norm.kind, _in_words(norm.weight), _in_words(norm.bias), norm.eps)
+            self._follow()
+            result = self._again(self._project_few, x, weight, weight_scale, transposed, bias, residual, *follows)
+            return result if norm is not None else (result, None)
+        if norm is not None or self.way == ONE_SHOT or not self.overlap.pays(rows, columns, x.element_size()):
+            return None
+        out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+
+        def multiply(part: slice, to: Tensor) -> None:
+            if x.shape[1] and to.numel():
+                gemm(x[part], weight, weight_scale=weight_scale, transposed=transposed, out=to)
+            else:  # a rank that holds no columns
+                to.zero_()
+
+        self._follow()
+        self.overlap.project(multiply, out, bias, residual)
+        return out, None
+
+    def _sum(self, x: Tensor, out: Tensor | None, way: str) -> Tensor:
+        out = torch.empty_like(x) if out is None else out
+        (self.inboxes.one_shot if way == ONE_SHOT else self.inboxes.two_shot)(x, out)
+        return out
+
+    def _sum_in_place(self, x: Tensor, way: str) -> Tensor:
+        return self._sum(x, x, way)
+
+    def _project_few(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor | None,
+        transposed: bool,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        kind: str | None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if x.shape[1]:
+            parts, out = partial_sums(x, weight, weight_scale=weight_scale, transposed=transposed)
+        else:
+            parts = out = x.new_zeros((x.shape[0], weight.shape[1 if transposed else 0]))
+        if kind is None:
+            self.inboxes.one_shot(parts, out, bias=bias, residual=residual)
+            return out
+        norm, normed = Norm(kind, norm_weight, norm_bias, eps), torch.empty_like(out)
+        out = torch.empty_like(out) if parts is out else out  # one_shot is slower where they are the same
+        self.inboxes.one_shot(parts, out, bias=bias, residual=residual, norm=norm, normed=normed)
+        return out, normed
+
+    def _again(self, function: Any, *args: Any) -> Any:
+        """function(*args); on a GPU what it launches is kept for the next call."""
+        if self.device.type != "cuda":
+            return function(*args)
+        return replay.again(function, args, {}, self.inboxes.memory())
+
+    def _follow(self) -> None:
+        """Order this call after the latest one."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if self._latest is not None and self._latest != stream:
+            latest = torch.cuda.ExternalStream(self._latest, device=self.device)
+            torch.cuda.current_stream(self.device).wait_stream(latest)
+        self._latest = stream
+
+
+def _in_words(x: Tensor | None) -> Tensor | None:
+    """x, or a copy that the kernels can read."""
+    return x if x is None or in_words(x) else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,76 @@
+"""Sums through symmetric memory: every number of ranks that differs, and each of what one launch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.kernels.launches import Launch
+from tp_attention.comm.norm import Norm
+from tp_attention.comm.symmetric.inbox import INBOX_BYTES, Inboxes
+from tp_attention.comm.symmetric.overlap import Overlap
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def inboxes(ranks: int) -> Inboxes:
+    return Inboxes(ranks // 2, [meta(INBOX_BYTES, dtype=torch.uint8)] * ranks, patience=1_000_000)
+
+
+def one_shot(
+    ranks: int, rows: int = 4, columns: int = 8192, dtype: torch.dtype = BF16, splits: int = 0, bias: bool = False,
+    residual: bool = False, norm: str | None = None,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> None:
+        out, row = meta(rows, columns, dtype=dtype), meta(columns, dtype=dtype)
+        x = meta(splits, rows, columns, dtype=FP32) if splits else out
+        keywords: dict[str, Any] = {"bias": row if bias else None, "residual": out if residual else None}
+        if norm is not None:
+            keywords |= {"norm": Norm(norm, row, row if norm == "layernorm" else None), "normed": out}
+        inboxes(ranks).one_shot(x, out, **keywords)
+
+    return call
+
+
+def two_shot(ranks: int, dtype: torch.dtype = BF16) -> Callable[[], object]:
+    return lambda: inboxes(ranks).two_shot(meta(1 << 22, dtype=dtype), meta(1 << 22, dtype=dtype))
+
+
+def add(ranks: int) -> Callable[[], object]:
+    def call() -> None:
+        own, parts, row = meta(4096, 8192), meta(ranks - 1, 8192, 8192)[:, :4096], meta(8192)
+        hidden = Overlap(inboxes(ranks), [])
+        hidden._add(own, parts, None, None)
+        hidden._add(own, parts, row, own)
+
+    return call
+
+
+LAUNCHES = {
+    **{f"one shot of {ranks}": Launch(one_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
+    "one shot fp16": Launch(one_shot(2, dtype=FP16), polls=True),
+    "one shot fp32": Launch(one_shot(4, dtype=FP32), polls=True),
+    "one shot, an odd number of words": Launch(one_shot(2, 3, 4098)),
+    "barrier": Launch(lambda: Overlap(inboxes(2), []).barrier()),
+    **{f"partial sums of {ranks}": Launch(one_shot(ranks, splits=4), polls=True) for ranks in (2, 8)},
+    **{
+        f"partial sums of {ranks}, bias, residual, rmsnorm {columns}": Launch(
+            one_shot(ranks, 64, columns, splits=4, bias=True, residual=True, norm="rmsnorm")
+        )
+        for ranks in (2, 4, 8)
+        for columns in (4096, 8192, 16384)
+    },
+    "residual and rmsnorm": Launch(one_shot(2, residual=True, norm="rmsnorm"), polls=True),
+    "bias and layernorm fp32": Launch(one_shot(2, 4, 16384, FP32, bias=True, norm="layernorm")),
+    "residual and layernorm of 8": Launch(one_shot(8, residual=True, norm="layernorm")),
+    **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
+    "two shots fp32": Launch(two_shot(4, FP32), polls=True),
+    **{f"addition of {ranks}": Launch(add(ranks)) for ranks in (2, 4, 8)},
+}

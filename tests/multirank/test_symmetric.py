@@ -1,0 +1,571 @@
+"""Sums through symmetric memory in Triton's interpreter: ranks are processes, their memory a file (symmetric_ranks)."""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.tolerances import assert_close
+from tp_attention import reference
+from tp_attention.comm import CollectiveError, Norm, all_reduce, linear_all_reduce, stores
+
+pytest.importorskip("triton", reason="triton is built for Linux alone")
+
+from tests.multirank.symmetric_ranks import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    SMALL,
+    assert_empty,
+    calls_of,
+    draw,
+    make_inboxes,
+    ordered_sum,
+    shared,
+    symmetric,
+)
+from tp_attention.comm.symmetric import agreement, inbox, overlap
+from tp_attention.comm.symmetric.inbox import Inboxes, in_words
+from tp_attention.comm.symmetric.sums import ONE_SHOT_BYTES, SymmetricSums
+from tp_attention.kernels.skinny_gemm import partial_sums
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run in Triton's interpreter without a GPU")
+WAYS = ("one_shot", "two_shot")
+
+
+def words_of(count, dtype):
+    return count * 4 // dtype.itemsize
+
+
+def check_one(inboxes, turn, way, numel, dtype, in_place=False):
+    parts = [draw(rank, turn, (numel,), dtype) for rank in range(inboxes.size)]
+    x = parts[inboxes.rank].clone()
+    out = x if in_place else torch.full_like(x, torch.nan)
+    getattr(inboxes, way)(x, out, config=SMALL)
+    assert torch.equal(out, ordered_sum(parts)), (turn, way, numel, dtype, in_place)
+    assert in_place or torch.equal(x, parts[inboxes.rank]), "x was overwritten"
+
+
+def sum_everything(world, nbytes, counts, repeats):
+    """Ways, sizes and dtypes in an order that is random and the same on every rank."""
+    inboxes = make_inboxes(nbytes)
+    cases = [*itertools.product(WAYS, counts, DTYPES)] * repeats
+    random.Random(world.size).shuffle(cases)
+    for turn, (way, count, dtype) in enumerate(cases):
+        check_one(inboxes, turn, way, words_of(count, dtype), dtype, in_place=turn % 3 == 0)
+    calls = calls_of(inboxes)
+    assert calls > len(cases), "no tensor needed several pieces"
+    assert_empty(inboxes)
+    return calls
+
+
+# 900 words are several pieces of every inbox here, 65 and 200 several programs of one
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_sums(world, n):
+    assert len(set(world(n)(sum_everything, 4096, (1, 3, 65, 200, 900), 1))) == 1
+
+
+def test_sums_of_eight(world):
+    world(8)(sum_everything, 8192, (1, 130, 600), 1)
+
+
+def pass_specials(world):
+    inboxes, rank, size = make_inboxes(4096), world.rank, world.size
+    for dtype, way, lonely in itertools.product(DTYPES, WAYS, (-1, 1)):
+        parts = [draw(r, 3, (words_of(5 * size * 64, dtype),), dtype) for r in range(size)]
+        for r, part in enumerate(parts):
+            raw = part.view(torch.int32)
+            part[32:64], part[128:160], part[256:257] = -0.0, torch.inf, torch.inf * (-1) ** r
+            if lonely in (-1, r):
+                raw[::7] = -1  # looks EMPTY
+                raw.view(torch.int16)[51] = -1  # half a word of bf16 or fp16 that does
+        out = torch.zeros_like(parts[rank])
+        getattr(inboxes, way)(parts[rank], out, config=SMALL)
+        expected = ordered_sum(parts)
+        there = expected.isnan()
+        assert torch.equal(out.isnan(), there) and there.sum() > 1
+        assert torch.equal(out.signbit()[~there], expected.signbit()[~there])  # of zeros too
+        assert torch.equal(out[~there], expected[~there])
+        assert_empty(inboxes)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_nan_that_looks_empty_negative_zero_and_inf(world, n):
+    world(n)(pass_specials)
+
+
+def add_and_norm(world):
+    """Bit for bit but for norms, bf16 apart: the sum is rounded, then bias and residual are added in fp32."""
+    inboxes, rank, size = make_inboxes(1024), world.rank, world.size
+    rows = 4
+    norms = [None, *itertools.product(("rmsnorm", "layernorm"), (False, True), (False, True))]
+    cases = itertools.product((False, True), (False, True), norms)
+    for turn, (biased, added, kind) in enumerate(cases, 1):
+        dtype, into = DTYPES[turn % 3], ("new", "x", "residual")[turn // 3 % 3]
+        columns = words_of(40, dtype)
+        parts = [draw(r, turn, (rows, columns), dtype) for r in range(size)]
+        bias, residual = draw(8, turn, (columns,), dtype), draw(9, turn, (rows, columns), dtype)
+        x = parts[rank].clone()
+        expected = ordered_sum(parts).float()
+        expected = expected + bias.float() if biased else expected
+        expected = expected + residual.float() if added else expected
+        out = x if into == "x" else residual if into == "residual" and added else torch.full_like(x, torch.nan)
+        norm, normed = None, None
+        if kind is not None:
+            weight = draw(10, turn, (columns,), dtype, 3) if kind[1] else None
+            norm = Norm(kind[0], weight, draw(11, turn, (columns,), dtype, 3) if kind[2] else None, 1e-2)
+            normed = torch.full_like(x, torch.nan)
+        keywords = dict(bias=bias if biased else None, residual=residual if added else None, norm=norm, normed=normed)
+        inboxes.one_shot(x, out, **keywords, config=SMALL)
+        assert torch.equal(out, expected.to(dtype)), (turn, biased, added, kind)
+        if norm is not None:
+            assert_close(normed, reference.norm(out, norm.weight, norm.bias, norm.kind, norm.eps))
+            if norm.kind == "rmsnorm" and norm.weight is not None and dtype == FP16:  # rounded before the weight too
+                plain = reference.norm(out, None, None, "rmsnorm", norm.eps).to(dtype).float() * norm.weight.float()
+                plain = plain if norm.bias is None else plain + norm.bias.float()
+                assert (normed == plain.to(dtype)).float().mean() > 0.98  # sums in another order may turn a rounding
+    with pytest.MonkeyPatch.context() as patch:  # four programs a row, the last of which have nothing to send
+        patch.setattr(inbox, "SLICE_BYTES", 64)
+        for turn, kind in enumerate(("rmsnorm", "layernorm"), 200):
+            parts = [draw(r, turn, (rows, 35), FP32) for r in range(size)]
+            out, normed = torch.full((2, rows, 35), torch.nan)
+            residual = draw(9, turn, (rows, 35), FP32)
+            x = torch.stack([parts[rank], torch.zeros(rows, 35)]) if turn % 2 else parts[rank]
+            inboxes.one_shot(x, out, residual=residual, norm=Norm(kind), normed=normed)
+            assert torch.equal(out, ordered_sum(parts) + residual)
+            assert_close(normed, reference.norm(out, None, None, kind))
+    assert_empty(inboxes)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_bias_residual_and_norm(world, n):
+    world(n)(add_and_norm)
+
+
+def add_partial_sums(world):
+    """fp32 [splits, M, N] on some ranks, as many as rank and turn say, and plain tensors on others."""
+    inboxes, rank, size = make_inboxes(4096), world.rank, world.size
+    for turn, dtype in enumerate((FP32, FP16, BF16) * 2):
+        shape = (3, words_of(33, dtype))
+        wide = [
+            draw(r, turn, ((r + turn) % 5, *shape), dtype, 5).float() * (1 if dtype == BF16 else 1.001)
+            for r in range(size)
+        ]
+        parts = []
+        for r, splits in enumerate(wide):
+            total = draw(r, turn, shape, dtype) if not len(splits) else splits[0]
+            for each in splits[1:]:
+                total = total + each
+            parts.append(total.to(dtype))
+        x = wide[rank] if len(wide[rank]) else parts[rank]
+        out = torch.full(shape, torch.nan, dtype=dtype)
+        bias = draw(9, turn, shape[1:], dtype)
+        norm, normed = (Norm("rmsnorm"), torch.full_like(out, torch.nan)) if turn >= 3 else (None, None)
+        inboxes.one_shot(x, out, bias=bias, norm=norm, normed=normed, config=SMALL)
+        assert torch.equal(out, (ordered_sum(parts).float() + bias.float()).to(dtype))
+        assert normed is None or assert_close(normed, reference.norm(out, None)) >= 0
+    assert_empty(inboxes)
+    with pytest.raises(ValueError, match=r"1000 words do not fit .* 512" if size == 2 else "do not fit"):
+        inboxes.one_shot(torch.zeros(2, 1000), torch.zeros(1000))
+    assert calls_of(inboxes) == 6
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_partial_sums(world, n):
+    world(n)(add_partial_sums)
+
+
+def come_late(world):
+    inboxes = make_inboxes(2048)
+    for late, way in itertools.product(range(world.size), WAYS):
+        if world.rank == late:
+            time.sleep(0.3)
+        for turn in range(2):
+            check_one(inboxes, turn, way, 300, FP32)
+    assert_empty(inboxes)
+
+
+def test_a_late_rank_changes_nothing(world):
+    world(3)(come_late)
+
+
+def wait_in_vain(world, way):
+    inboxes = make_inboxes(4096, patience=-50)
+    if world.rank != 1:
+        x = torch.ones(200)
+        getattr(inboxes, way)(x, torch.empty_like(x), config=SMALL)
+    return inboxes.failed()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_never_comes(world, way):
+    assert world(3)(wait_in_vain, way) == [True, False, True]
+
+
+def interleave(world):
+    """Rows and columns of a mesh and, twice, all of it: every rank is in four sets of inboxes."""
+    groups = [world.tp.process_group, world.dp.process_group, None, None]
+    sets = [make_inboxes(4096, group) for group in groups]
+    order = random.Random(5)
+    for turn in range(40):
+        which, way, count = order.randrange(4), order.choice(WAYS), order.choice((1, 65, 300))
+        check_one(sets[which], turn, way, words_of(count, FP16), FP16)
+    for group, inboxes in zip(groups, sets, strict=True):
+        assert_empty(inboxes, group)
+
+
+def test_overlapping_groups(world):
+    world(4, tp=2)(interleave)
+
+
+def fit_every_tensor(world):
+    group, rank = world.tp, world.rank
+    every = range(group.size)
+    with symmetric(group) as sums:
+        for turn, (numel, dtype) in enumerate(itertools.product((1, 2, 3, 1001, 5000), DTYPES)):
+            sums.way = ("auto", *WAYS)[turn % 3]
+            parts = [draw(r, turn, (numel,), dtype) for r in every]
+            x, expected = parts[rank].clone(), ordered_sum(parts)
+            total = all_reduce(x, group)
+            assert torch.equal(total, expected) and total.dtype == dtype and torch.equal(x, parts[rank])
+            out = torch.full_like(x, torch.nan)
+            assert all_reduce(x, group, out=out) is out and torch.equal(out, expected)
+            wide = torch.full((numel + 2,), torch.nan, dtype=dtype)  # out begins between two words of halves
+            assert torch.equal(all_reduce(x, group, out=wide[1:-1]), expected)
+            assert wide[[0, -1]].isnan().all() and torch.equal(wide[1:-1], expected)
+            assert torch.equal(all_reduce(wide[1:-1].copy_(x), group), expected)  # as x does
+            assert all_reduce(x, group, out=x) is x and torch.equal(x, expected)
+        for dtype in DTYPES:
+            parts = [draw(r, 50, (6, 7), dtype) for r in every]
+            expected = ordered_sum(parts)
+            columns = parts[rank].T.contiguous().T
+            assert not in_words(columns)
+            assert torch.equal(all_reduce(columns, group), expected)
+            out = torch.full((7, 6), torch.nan, dtype=dtype).T
+            assert all_reduce(parts[rank], group, out=out) is out and torch.equal(out, expected)
+            assert all_reduce(columns, group, out=columns) is columns and torch.equal(columns, expected)
+        scalar = torch.tensor(rank + 1.0)
+        assert all_reduce(scalar, group).item() == sum(r + 1 for r in every)
+        assert all_reduce(torch.empty(0, 3), group).shape == (0, 3)
+        calls = calls_of(sums.inboxes)
+        for dtype in (torch.int64, torch.float64):  # gloo's
+            assert all_reduce(scalar.to(dtype), group).item() == sum(r + 1 for r in every)
+        assert calls_of(sums.inboxes) == calls
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_all_reduce_fits_every_tensor(world, n):
+    world(n)(fit_every_tensor)
+
+
+def test_way_of_a_size():
+    for size, most in ONE_SHOT_BYTES.items():
+        inboxes = Inboxes(0, [torch.empty(1024, dtype=torch.uint8)] * size, patience=1)
+        sums = SymmetricSums(inboxes, [])
+        assert sums.way_of(0) == "one_shot" and sums.way_of(1 << 30) == ("one_shot" if size == 2 else "two_shot")
+        assert most is None or (sums.way_of(most), sums.way_of(most + 1)) == WAYS
+        for way in WAYS:
+            assert {SymmetricSums(inboxes, [], way).way_of(nbytes) for nbytes in (1, 1 << 30)} == {way}
+        assert [sums.takes(torch.empty(1, dtype=dtype)) for dtype in (*DTYPES, torch.int32)] == [True] * 3 + [False]
+
+
+NORMS = (None, ("rmsnorm", True, False), ("layernorm", True, True), ("rmsnorm", False, False))
+
+
+def project_and_check(world, turn, rows, columns, depths, dtype, norm, *, biased, added, transposed=False, int8=False):
+    """linear_all_reduce against fp64; what it returned. Leading dimensions where rows are even, bf16 exact."""
+    rank, size, rows_shape = world.rank, world.size, (2, rows // 2) if rows % 2 == 0 else (rows,)
+    xs = [draw(r, turn, (*rows_shape, depths[r]), dtype, 2) for r in range(size)]
+    weights = [draw(r, turn + 500, (columns, depths[r]), dtype, 2) for r in range(size)]
+    scales, scale = [1.0] * size, None
+    if int8:  # groups of 8 columns
+        weights = [weight.float().mul(10).round().clamp(-128, 127).to(torch.int8) for weight in weights]
+        exact = [draw(r, turn, (columns, depths[r] // 8), FP32).abs() / 16 for r in range(size)]
+        scale, scales = exact[rank], [each.double().repeat_interleave(8, 1) for each in exact]
+    bias, residual = draw(8, turn, (columns,), dtype), draw(9, turn, (*rows_shape, columns), dtype)
+    y = sum(x.double() @ (w.double() * s).T for x, w, s in zip(xs, weights, scales, strict=True))
+    y = y + bias.double() if biased else y
+    y = y + residual.double() if added else y
+    weight = weights[rank].T.contiguous() if transposed else weights[rank]
+    made = None
+    if norm is not None:
+        kind, weighted, shifted = norm
+        made = Norm(kind, bias if weighted else None, residual.view(-1, columns)[0] if shifted else None, 1e-3)
+    got = linear_all_reduce(
+        xs[rank], weight, world.tp, bias if biased else None, residual if added else None, made,
+        weight_scale=scale, transposed=transposed,
+    )  # fmt: skip
+    assert torch.equal(residual, draw(9, turn, (*rows_shape, columns), dtype)), "the residual was overwritten"
+    if made is None:
+        assert_close(got, y)
+        return [got]
+    assert_close(got[1], y)
+    assert_close(got[0], reference.norm(got[1], made.weight, made.bias, made.kind, made.eps))
+    return list(got)
+
+
+def all_equal(results):
+    first, *others = results
+    return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def project_few(world):
+    """At most 64 tokens: one launch after the product; ranks hold different numbers of columns of x, one none."""
+    results, launches, depths = [], 0, [200, 0, 129][: world.size]
+    parts, out = partial_sums(torch.ones(1, 200), torch.ones(36, 200))
+    assert parts.shape[1:] == out.shape and len(parts) > 1, "K is not split, so partial sums are not summed here"
+    with symmetric(world.tp, 1 << 16) as sums:
+        cases = itertools.product((1, 5, 64), (False, True), (False, True), NORMS)
+        for turn, (rows, biased, added, norm) in enumerate(cases):
+            dtype = (FP32, FP16)[turn // 3 % 2]
+            results += project_and_check(
+                world, turn, rows, 36, depths, dtype, norm, biased=biased, added=added, transposed=bool(turn % 2)
+            )
+            launches += 1
+        for norm in NORMS[:3]:
+            results += project_and_check(world, 70, 3, 36, [48, 0, 40], BF16, norm, biased=True, added=False)
+            results += project_and_check(
+                world, 71, 3, 36, [48, 0, 40], FP16, norm, biased=True, added=True, int8=True
+            )  # fmt: skip
+            launches += 2
+        assert calls_of(sums.inboxes) == launches
+        # an odd number of halves, and a way that it has not: a projection and an all_reduce
+        results += project_and_check(world, 72, 3, 35, depths, FP16, NORMS[1], biased=True, added=True)
+        sums.way = "two_shot"
+        results += project_and_check(world, 73, 3, 36, depths, FP16, NORMS[2], biased=True, added=True)
+        assert calls_of(sums.inboxes) == launches + 2
+        sums.way = "auto"
+        wide = torch.zeros(2, 3, 80)[:, :, :40].normal_()  # rows with gaps, and views that begin between two words
+        x, odd = torch.ones(2, 3, 8, dtype=FP16), torch.ones(41, dtype=FP16)[1:]
+        plain = linear_all_reduce(x, torch.ones(40, 8, dtype=FP16), world.tp)
+        full, y = linear_all_reduce(
+            x, torch.ones(40, 8, dtype=FP16), world.tp, odd, wide.half(), Norm("rmsnorm", odd, odd)
+        )
+        assert torch.equal(plain, torch.full_like(plain, 8 * world.size))
+        assert torch.equal(y, (plain.float() + 1 + wide.half().float()).half())
+        assert_close(full, reference.norm(y, odd, odd))
+        with pytest.raises(RuntimeError, match="requires grad"):
+            linear_all_reduce(x.requires_grad_(), torch.ones(40, 8, dtype=FP16), world.tp)
+    return results
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_linear_all_reduce_of_few_tokens(world, n):
+    assert all_equal(world(n)(project_few))
+
+
+def project_many(world):
+    """Rows that each rank sums for all, in chunks, with a stage that holds all of them and one that does not."""
+    results = []
+    with pytest.MonkeyPatch.context() as patch, symmetric(world.tp, 4096, 1 << 14) as sums:
+        patch.setattr(overlap, "TILE", (16, 16))  # waves of 16 rows
+        cases = [*itertools.product((False, True), (False, True)), (True, True), (False, True)]
+        for turn, (biased, added) in enumerate(cases):
+            dtype, before = (FP32, FP16, BF16)[turn % 3], calls_of(sums.inboxes)
+            rows, columns = (300, 65, 129)[turn % 3], words_of(40, dtype) - (2 if turn == 2 else 0)
+            depths = ([40, 24, 8], [0, 40, 8], [40, 24, 0], [33, 0, 9], [24, 17, 3], [8, 8, 8])[turn]
+            results += project_and_check(
+                world, turn, rows, columns, depths, dtype, None, biased=biased, added=added, transposed=turn % 2 == 1
+            )
+            assert calls_of(sums.inboxes) - before >= 3, "the sums were not hidden behind the product"
+        results += project_and_check(world, 9, 129, 80, [24, 8, 0], FP16, None, biased=True, added=True, int8=True)
+        before = calls_of(sums.inboxes)
+        for norm, columns, way in ((NORMS[1], 40, "auto"), (None, 40, "one_shot")):  # a projection and an all_reduce
+            sums.way = way
+            results += project_and_check(world, 10, 70, columns, [8, 4, 3], FP32, norm, biased=True, added=True)
+        patch.setattr(overlap, "TILE", (1000, 16))
+        sums.way = "auto"  # too few rows
+        results += project_and_check(world, 11, 70, 40, [8, 4, 3], FP32, None, biased=True, added=True)
+        odd = [project_and_check(world, 12, 70, 41, [8, 4, 3], FP16, None, biased=True, added=True)[0]]
+        assert calls_of(sums.inboxes) > before
+    return results + odd
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_linear_all_reduce_of_many_tokens(world, n):
+    assert all_equal(world(n)(project_many))
+
+
+def project_plainly(world):
+    results, depths = [], [9, 0, 14]
+    cases = itertools.product((1, 6, 70), (False, True), (False, True), NORMS)
+    for turn, (rows, biased, added, norm) in enumerate(cases):
+        results += project_and_check(
+            world, turn, rows, 36, depths, DTYPES[turn % 3], norm,
+            biased=biased, added=added, transposed=turn // 3 % 2 == 1,
+        )  # fmt: skip
+    results += project_and_check(world, 90, 6, 36, [16, 0, 8], FP16, None, biased=True, added=True, int8=True)
+    return results
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_linear_all_reduce_through_gloo(world, n):
+    assert all_equal(world(n)(project_plainly))
+
+
+def refuse_shapes(world):
+    """On rank 0 alone where there are several: nothing may be sent, or the others would hang."""
+    x, weight, vector, wrong = torch.ones(2, 8), torch.ones(6, 8), torch.ones(6), torch.ones(7)
+    group, residual = world.tp, torch.ones(2, 6)
+    if world.rank == 0:
+        for arguments, reason in (
+            ((x, weight.T), "do not fit"),
+            ((x, weight.half()), "float16"),
+            ((x, weight, group, wrong), r"bias has shape \[7\]; expected \[out\] = \[6\]"),
+            ((x, weight, group, vector.half()), "bias is torch.float16"),
+            ((x, weight, group, None, torch.ones(2, 8)), r"residual has shape \[2, 8\]; expected \[2, 6\]"),
+            ((x, weight, group, None, torch.ones(6)), r"residual has shape \[6\]"),
+            ((x, weight, group, None, residual.double()), "residual is torch.float64"),
+            ((x, weight, group, None, residual.to("meta")), "residual is on meta"),
+            ((x, weight, group, None, None, Norm("batchnorm")), "unknown norm 'batchnorm'"),
+            ((x, weight, group, None, None, Norm("rmsnorm", wrong)), r"norm weight has shape \[7\]"),
+            ((x, weight, group, None, None, Norm("layernorm", vector, wrong)), r"norm bias has shape \[7\]"),
+        ):
+            x_given, weight_given, *rest = arguments
+            with pytest.raises(ValueError, match=reason):
+                linear_all_reduce(x_given, weight_given, *(rest or [group]))
+        with pytest.raises(ValueError, match="weight_scale"):
+            linear_all_reduce(x, weight.to(torch.int8), group)
+    assert torch.equal(linear_all_reduce(x, weight, group, vector), torch.full((2, 6), 8.0 * world.size + 1))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_linear_all_reduce_refuses_wrong_shapes(world, n):
+    world(n)(refuse_shapes)
+
+
+@pytest.mark.parametrize("way", [None, "", "auto", "nccl", "one_shot", "two_shot", "ring"])
+def test_what_the_environment_asks_for(monkeypatch, way):
+    if way is None:
+        monkeypatch.delenv(agreement.SWITCH, raising=False)
+    else:
+        monkeypatch.setenv(agreement.SWITCH, way)
+    if way == "ring":
+        with pytest.raises(ValueError, match=r"TP_ATTENTION_ALL_REDUCE=ring is none of auto, nccl, one_shot, two_shot"):
+            agreement.wanted()
+    else:
+        assert agreement.wanted() == (way or "auto")
+
+
+def test_obstacles():
+    nothing = agreement._obstacle(["a", "a"], ["0", "1"])
+    assert nothing == ""
+    assert "2 hosts" in agreement._obstacle(["a", "b", "a"], ["0", "1", "2"])
+    assert "share a GPU" in agreement._obstacle(["a"] * 3, ["0", "1", "0"])
+    assert agreement._obstacle(["a"] * 8, [*"01234567"]) == ""
+    assert "9 ranks, more than 8" in agreement._obstacle(["a"] * 9, [*"012345678"])
+    assert agreement._host() == agreement._host() != ""
+    assert "up to 384 KiB" in agreement._table("auto", 4) and "up to" not in agreement._table("auto", 2)
+    assert agreement._table("two_shot", 4) == "two_shot because of TP_ATTENTION_ALL_REDUCE"
+
+
+class Wrong(Inboxes):
+    """wrong: what is off by one on this rank, "sent" or "got"."""
+
+    wrong = ""
+
+    def two_shot(self, x, out, **keywords):
+        super().two_shot(x + 1 if self.wrong == "sent" else x, out, **keywords)
+        if self.wrong == "got":
+            out[-1] += 1
+
+
+def agree(world, ways, fault=None, on=-1):
+    """What the group agrees on; its text if it is an error. fault: what happens on rank `on`."""
+    group, rank, here = world.tp, world.rank, world.rank == on
+    store = stores.private(group.process_group)
+    allocations = []
+
+    def allocated(process_group, rank, size, device, way):
+        allocations.append(way)
+        memory = shared(1 << 14, process_group)
+        if fault == "allocation" and here:
+            raise RuntimeError("no peer\naccess")
+        inboxes = Wrong(rank, memory, patience=-(400 if fault in ("got", "left") else 100_000))
+        inboxes.wrong = fault if here else ""
+        return SymmetricSums(inboxes, [], way)
+
+    def integers(numel, generator):
+        return torch.randint(-32, 33, (numel,), generator=generator).float()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "_gpu", lambda device: "same" if fault == "gpu" else f"GPU {rank}")
+        patch.setattr(agreement, "_host", lambda: f"host {int(fault == 'host' and here)}")
+        patch.setattr(agreement, "_allocated", allocated)
+        patch.setattr(agreement, "TRIALS", (64, 1402, 1402, 6))
+        patch.setattr(torch, "randn", integers)
+        patch.setenv(agreement.SWITCH, ways[rank])
+        if fault == "left" and here:
+            return None
+        start = time.monotonic()
+        try:
+            sums = agreement.agree(group.process_group, store, group.device, "tp", 1.0 if fault == "left" else 30.0)
+        except (ValueError, RuntimeError, TimeoutError) as error:
+            return type(error).__name__, str(error), len(allocations), time.monotonic() - start
+    if sums is None:
+        return None, "", len(allocations), time.monotonic() - start
+    assert sums.inboxes.patience == 30 * agreement.LOOKS_A_SECOND and sums.way == ways[rank]
+    group.symmetric = sums
+    total = all_reduce(torch.full((500,), rank + 1.0), group)
+    group.symmetric = None
+    assert torch.equal(total, torch.full((500,), world.size * (world.size + 1) / 2))
+    assert_empty(sums.inboxes)
+    return "sums", "", len(allocations), time.monotonic() - start
+
+
+def test_agreement(world):
+    run = world(3)
+    for way in ("auto", "two_shot"):
+        assert [outcome[:3] for outcome in run(agree, [way] * 3)] == [("sums", "", 1)] * 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "on", "allocations", "reason"),
+    [
+        ("allocation", 1, 1, "rank 1: RuntimeError: no peer access"),
+        ("got", 2, 1, ""),
+        ("sent", 0, 1, "rank 0: RuntimeError: the sum of 64 values by two_shot is wrong"),
+        ("gpu", -1, 0, "two ranks share a GPU"),
+        ("host", 2, 0, "its ranks are on 2 hosts"),
+    ],
+)
+def test_one_rank_cannot_and_so_none_does(world, fault, on, allocations, reason):
+    run = world(3)
+    assert [outcome[:3] for outcome in run(agree, ["auto"] * 3, fault, on)] == [(None, "", allocations)] * 3
+    for name, text, *_ in run(agree, ["one_shot"] * 3, fault, on):
+        assert name == "RuntimeError" and "TP_ATTENTION_ALL_REDUCE=one_shot cannot be in group tp: " in text
+        assert "unset it to use NCCL" in text
+        assert reason in text
+
+
+def test_agreement_on_nccl_and_on_nothing(world):
+    run = world(2)
+    assert [outcome[:3] for outcome in run(agree, ["nccl"] * 2)] == [(None, "", 0)] * 2
+    for name, text, allocations, seconds in run(agree, ["one_shot", "auto"]):
+        assert (name, allocations) == ("ValueError", 0) and seconds < 5
+        assert "the ranks of group tp have TP_ATTENTION_ALL_REDUCE=one_shot, auto; all must have the same" in text
+    (name, text, allocations, _), _ = run(agree, ["auto"] * 2, "left", 1)
+    assert (name, allocations) == ("TimeoutError", 0) and "ranks [1] of 2 did not come" in text
+
+
+def end_with_its_agreement(world):
+    """A group whose agreement fails is over, on the rank that raises and on those that meet it later."""
+    group = world.tp
+
+    def never(*_):
+        raise TimeoutError("ranks [1] of 2 did not come")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "agree", never)
+        with pytest.raises(CollectiveError, match=rf"rank {world.rank} of 2 of group tp .*did not come"):
+            group._agree(dist.PrefixStore("symmetric", stores.private(group.process_group)))
+    with pytest.raises(RuntimeError, match="destroyed"):
+        all_reduce(torch.ones(1), group)
+
+
+def test_a_failed_agreement_ends_the_group(world):
+    world(2)(end_with_its_agreement)

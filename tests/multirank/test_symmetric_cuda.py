@@ -1,0 +1,260 @@
+"""Sums through symmetric memory on two GPUs and more: graphs replayed thousands of times, groups side by side, faults.
+
+torchrun --nproc-per-node=2 -m pytest tests/multirank/test_symmetric_cuda.py
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.tolerances import assert_close
+from tp_attention import launch
+from tp_attention.comm import Norm, all_reduce, linear_all_reduce
+from tp_attention.comm.symmetric import agreement
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+N = 2
+REPLAYS = 10_000
+SIZES = (1, 7, 4096, 5001, 131072, 3 << 20)
+
+
+def draw(rank, turn, size, dtype, device):
+    generator = torch.Generator(device).manual_seed(1000 * turn + rank)
+    return torch.randn(size, generator=generator, device=device).to(dtype)
+
+
+def rank_order_sum(parts):
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+def sums_everything(world):
+    group = world.tp
+    assert group.symmetric is not None
+    for way in ("one_shot", "two_shot", "auto"):
+        group.symmetric.way = way
+        for turn, (dtype, size) in enumerate(
+            itertools.product((torch.bfloat16, torch.float16, torch.float32), (*SIZES, 40_000_001))
+        ):
+            parts = [draw(rank, turn, size, dtype, group.device) for rank in range(group.size)]
+            mine, expected = parts[group.rank], rank_order_sum(parts)
+            out = torch.full_like(mine, torch.nan)
+            assert all_reduce(mine, group, out=out) is out
+            assert torch.equal(out, expected), (way, dtype, size)
+            assert torch.equal(all_reduce(mine, group), expected)
+            assert torch.equal(mine, parts[group.rank])
+            assert torch.equal(all_reduce(mine, group, out=mine), expected)
+    odd = draw(group.rank, 0, 1001, torch.float16, group.device)[1:]  # begins between two words
+    assert torch.equal(all_reduce(odd, group), all_reduce(odd.clone(), group))
+    strided = draw(group.rank, 1, 64 * 64, torch.bfloat16, group.device).view(64, 64).T
+    assert torch.equal(all_reduce(strided, group), all_reduce(strided.contiguous(), group))
+
+
+def test_sums(world):
+    world(N)(sums_everything)
+
+
+def replayed(world):
+    """Every replay's result, bit for bit, with a busy second stream and one rank that dawdles."""
+    group, sizes = world.tp, SIZES[:5]
+    device, dtype = group.device, torch.bfloat16
+    inputs = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    outputs = [torch.empty_like(x) for x in inputs]
+    ways = ["one_shot", "two_shot", "one_shot", "one_shot", "two_shot"]
+
+    def step():
+        for x, out, way in zip(inputs, outputs, ways, strict=True):
+            group.symmetric.way = way
+            all_reduce(x, group, out=out)
+
+    side, busy = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for x in inputs:
+            x.zero_()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        step()
+    load = torch.randn(2048, 2048, dtype=dtype, device=device)
+    count = 24  # draws that replays take turns with: making new ones takes longer than a replay
+    draws = [
+        [[draw(rank, turn, size, dtype, device) for rank in range(group.size)] for size in sizes]
+        for turn in range(count)
+    ]
+    expected = [[rank_order_sum(parts) for parts in every] for every in draws]
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for turn in range(REPLAYS):
+        which = (turn * 7) % count
+        for x, parts in zip(inputs, draws[which], strict=True):
+            x.copy_(parts[group.rank])
+        for out in outputs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for out, total in zip(outputs, expected[which], strict=True):
+            wrong += (out != total).any()
+        if turn % 16 == 0:
+            with torch.cuda.stream(busy):
+                load @ load
+        if turn % 50 == group.rank:
+            torch.cuda._sleep(int(torch.randint(1, 2_000_000, (), generator=torch.Generator().manual_seed(turn))))
+        if turn % 1000 == 500 and group.rank == 1:
+            time.sleep(0.05)
+    torch.cuda.synchronize()
+    assert wrong.item() == 0
+
+
+@pytest.mark.timeout(240)
+def test_ten_thousand_replays(world):
+    world(N, timeout=120)(replayed)
+
+
+def interleaved(world):
+    """Two Worlds' groups over the same GPUs, their calls in turns."""
+    with launch.init(tp=world.tp.size) as other:
+        for turn in range(200):
+            size = SIZES[turn % len(SIZES)]
+            for group in (world.tp, other.tp) if turn % 3 else (other.tp, world.tp):
+                parts = [draw(rank, turn, size, torch.float16, group.device) for rank in range(group.size)]
+                assert torch.equal(all_reduce(parts[group.rank], group), rank_order_sum(parts))
+        assert other.tp.symmetric is not world.tp.symmetric
+
+
+def test_two_groups(world):
+    world(N)(interleaved)
+
+
+def streams(world):
+    """Calls on several streams, one after the other, without the caller ordering them."""
+    group, pool = world.tp, [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for turn in range(60):
+        parts = [draw(rank, turn, 70_000, torch.bfloat16, group.device) for rank in range(group.size)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(pool[turn % 3]):
+            results.append((all_reduce(parts[group.rank], group), rank_order_sum(parts)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, expected) for got, expected in results)
+
+
+def test_streams(world):
+    world(N)(streams)
+
+
+def projects(world):
+    group = world.tp
+    device, size = group.device, group.size
+    for dtype, hidden, rows in itertools.product(
+        (torch.bfloat16, torch.float16), (4096, 1000), (1, 3, 16, 64, 65, 300, 2048, 9000)
+    ):
+        deep = 512 if hidden == 4096 else 129 + group.rank
+        weights = [
+            draw(rank, 1, hidden * d, dtype, device).view(hidden, d) / 16 for rank, d in depths(deep, size, group)
+        ]
+        xs = [draw(rank, 2, rows * d, dtype, device).view(rows, d) / 16 for rank, d in depths(deep, size, group)]
+        bias, residual = draw(9, 3, hidden, dtype, device), draw(9, 4, rows * hidden, dtype, device).view(rows, hidden)
+        gamma, x, weight = 1 + bias / 8, xs[group.rank], weights[group.rank]
+        exact = sum(a.double() @ b.double().T for a, b in zip(xs, weights, strict=True))
+        plain = linear_all_reduce(x, weight, group)
+        assert_close(plain, exact)
+        full = linear_all_reduce(x, weight, group, bias, residual)
+        exact = exact + bias.double() + residual.double()
+        assert_close(full, exact)
+        normed, again = linear_all_reduce(x, weight, group, bias, residual, Norm("rmsnorm", gamma, eps=1e-5))
+        assert torch.equal(again, full)
+        assert_close(normed, exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gamma.double())
+        totals = [torch.empty_like(full) for _ in range(size)]
+        torch.distributed.all_gather(totals, full, group=group.process_group)
+        assert all(torch.equal(total, full) for total in totals), "ranks hold different bits"
+
+
+def depths(deep, size, group):
+    return [(rank, deep if deep == 512 else 129 + rank) for rank in range(size)]
+
+
+def test_linear_all_reduce(world):
+    world(N)(projects)
+
+
+def captured_projection(world):
+    """Few tokens and many, in one graph, replayed."""
+    group = world.tp
+    device, dtype = group.device, torch.bfloat16
+    weight = draw(group.rank, 1, 4096 * 512, dtype, device).view(4096, 512) / 16
+    xs = [torch.empty(rows, 512, dtype=dtype, device=device) for rows in (4, 4096)]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for x in xs:
+            linear_all_reduce(x.zero_(), weight, group)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        results = [linear_all_reduce(x, weight, group) for x in xs]
+    for turn in range(200):
+        for x in xs:
+            x.copy_(draw(group.rank, turn, x.numel(), dtype, device).view_as(x))
+        graph.replay()
+        if turn % 20 == group.rank:
+            torch.cuda._sleep(1_000_000)
+        if turn % 10 == 0:
+            for x, result in zip(xs, results, strict=True):
+                assert torch.equal(result, linear_all_reduce(x, weight, group)), turn
+
+
+def test_captured_projection(world):
+    world(N)(captured_projection)
+
+
+def forced(world):
+    return None if world.tp.symmetric is None else world.tp.symmetric.way
+
+
+@pytest.mark.parametrize(("way", "expected"), [("nccl", None), ("two_shot", "two_shot"), ("auto", "auto")])
+def test_switch(world, monkeypatch, way, expected):
+    monkeypatch.setenv(agreement.SWITCH, way)
+    assert world(N)(forced) == [expected] * N
+
+
+DIES = """
+import os, sys, time, torch
+from tp_attention import launch
+from tp_attention.comm import all_reduce
+with launch.init() as world:
+    x = torch.ones(4096, device=world.device)
+    all_reduce(x, world.tp)
+    torch.cuda.synchronize()
+    if world.rank == 1:
+        os._exit(7)
+    start = time.monotonic()
+    all_reduce(x, world.tp)
+    torch.cuda.synchronize()
+    print("not reached", time.monotonic() - start)
+"""
+
+
+@pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
+def test_a_dead_rank_ends_the_others(tmp_path):
+    """The one that waits in a kernel is ended by the heartbeat within 10 s, and says why."""
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    environment = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29577")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert ranks[1].wait(60) == 7
+    died = time.monotonic()
+    output, _ = ranks[0].communicate(timeout=30)
+    assert ranks[0].returncode not in (0, None) and time.monotonic() - died < 10, output
+    assert "rank 1" in output and "all_reduce" in output and "not reached" not in output, output
