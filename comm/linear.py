@@ -82,7 +82,8 @@ def linear_all_reduce(
         refuse_grad(x=x, weight=weight, bias=bias, residual=residual)
         flat = None if residual is None else residual.reshape(-1, columns)
         with group.transfer("linear_all_reduce", x, free=x.dim() - 1, columns=columns):
-            result = sums.project(x.reshape(-1, x.shape[-1]), weight, **keywords, bias=bias, residual=flat, norm=norm)
+            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: a rank may hold no columns
+            result = sums.project(rows, weight, **keywords, bias=bias, residual=flat, norm=norm)
     normed = None
     if result is not None:
         y = result[0].view(shape)

@@ -20,7 +20,8 @@ TOLERANCE = {
 
 def error_of(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest finite expected value (over 1 where that is 0); inf if infinities differ."""
-    actual, finite = actual.double(), expected.isfinite()
+    actual, expected = actual.double().cpu(), expected.cpu()
+    finite = expected.isfinite()
     if not torch.equal(actual[~finite], expected[~finite]):
         return math.inf
     actual, expected = actual[finite], expected[finite]

@@ -50,10 +50,11 @@ def agree(
     def exchange(key: str, text: str) -> list[str]:
         return [item.decode().strip() for item in stores.exchange(store, key, f"{text} ".encode(), rank, size, timeout)]
 
-    way = wanted()
+    way = os.environ.get(SWITCH, "")  # checked when all have said theirs: a rank that raised would be waited for
     ways, hosts, gpus = exchange("ways", way), exchange("hosts", _host()), exchange("gpus", _gpu(device))
     if len(set(ways)) > 1:
         raise ValueError(f"the ranks of group {name} have {SWITCH}={', '.join(ways)}; all must have the same")
+    way = wanted()
     if way == "nccl":
         return None
     obstacle, sums = _obstacle(hosts, gpus), None

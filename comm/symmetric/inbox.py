@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_attention.comm.norm import Norm
-from tp_attention.comm.symmetric.kernels import one_shot_kernel, two_shot_kernel
+from tp_attention.comm.symmetric.kernels import add_kernel, one_shot_kernel, two_shot_kernel
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
 
@@ -21,10 +21,10 @@ INBOX_BYTES = 64 << 20  # of every rank; longer tensors go through it piece by p
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 NORMS = {None: 0, "rmsnorm": 1, "layernorm": 2}  # the kernel's constexpr NORM
 MOST_ROWS = 65535  # that a grid's second dimension holds
-MOST_NORM_COLUMNS = 16384  # of a row that one program holds
+MOST_NORM_WORDS = 16384  # of a row, from every rank, that one program holds in its registers
 WORD = 4  # bytes, as in kernels.py
-NORM_WARPS = 8
 SLICE_BYTES = 2048  # of a row that one program sends where another makes the norm
+ADD_BYTES, ADD_WARPS = 16384, 8  # of the sum, that a program of add_kernel makes
 ALIGNMENT = 64  # words: where a sender's part of an inbox may begin
 
 
@@ -50,9 +50,17 @@ class Inboxes:
         self.rank, self.size, self.device = rank, len(inboxes), inboxes[rank].device
         self.patience = patience
         self._half = inboxes[rank].numel() // 2 // WORD
+        self.room = self._half // (self.size - 1) // ALIGNMENT * ALIGNMENT * WORD  # bytes of x that go at once
+        if not self.room:
+            raise ValueError(f"an inbox of {2 * self._half * WORD} bytes is too small for {self.size} ranks")
         spare = [None] * (MOST_RANKS - len(inboxes))
         self._inboxes: list[Any] = [inbox.view(torch.int32) for inbox in inboxes] + spare
         self._state = torch.zeros(3, dtype=torch.int32, device=self.device)
+
+    def holds(self, columns: int, itemsize: int) -> bool:
+        """Whether a program that norms a row of so many columns has registers for it."""
+        block = triton.next_power_of_2(columns * itemsize // WORD)
+        return block * triton.next_power_of_2(self.size) <= MOST_NORM_WORDS
 
     def memory(self) -> list[Tensor]:
         """What the kernels use beside their arguments."""
@@ -80,15 +88,17 @@ class Inboxes:
         """
         splits = x.shape[0] if x.dim() > out.dim() else 0
         target, row = _words(out), out.shape[-1] * out.element_size() // WORD if out.dim() else 1
-        words = target.numel()
-        most = self._half // (self.size - 1) // ALIGNMENT * ALIGNMENT
-        if splits and words > most:
-            raise ValueError(f"partial sums of {words} words do not fit in an inbox, which has room for {most}")
+        words, most = target.numel(), self.room // WORD
+        if words == 0:
+            return
+        whole = words if splits else row if norm is not None or bias is not None else 1
+        if whole > most:
+            raise ValueError(f"{whole * WORD} bytes must go at once and an inbox has room for {self.room}")
         step = most // row * row if norm is not None or bias is not None else most  # pieces are whole rows
         if norm is not None:  # a program holds a row
             step = min(step, MOST_ROWS * row)
             block = triton.next_power_of_2(row)
-            warps = config.warps if config else NORM_WARPS
+            warps = config.warps if config else 8 if block < 4096 else 16
             slices = 1 if x.data_ptr() == out.data_ptr() else max(1, block * WORD // SLICE_BYTES)
         else:
             config = config or one_shot_config(min(words, step) * WORD)
@@ -118,6 +128,10 @@ class Inboxes:
         source, target = _words(x), _words(out)
         words = source.numel()
         most = self._half // (2 * (self.size - 1)) // ALIGNMENT * ALIGNMENT * self.size
+        if not most:
+            raise ValueError(
+                f"an inbox of {2 * self._half * WORD} bytes is too small for two shots of {self.size} ranks"
+            )
         config = config or two_shot_config(min(words, most) * WORD)
         block = config.nbytes // WORD
         for start in range(0, words, most):
@@ -127,6 +141,24 @@ class Inboxes:
             args = source[part], target[part], self._state, *self._inboxes, count, self._half, chunk, self.patience
             constexprs = dict(RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size))
             self._launch(two_shot_kernel, (-(-chunk // block), 1), args, constexprs, x.dtype, block, config.warps)
+
+    def add(self, own: Tensor, parts: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+        """own [rows, columns] <- the sum with parts, + bias + residual, once every rank's stream has come here.
+
+        parts [size - 1, rows or more, columns]: the other ranks' in rank order, of any stride in the first dimension.
+        Its shape is the same on every rank, while a rank may have fewer rows to add, or none.
+        """
+        words, row = own.numel() * own.element_size() // WORD, own.shape[1] * own.element_size() // WORD
+        programs = triton.cdiv(parts[0].numel() * own.element_size(), ADD_BYTES)
+        args = (
+            _words(own), parts.view(torch.int32), _words(bias), _words(residual), _words(own),
+            self._state, *self._inboxes, words, parts.stride(0) * own.element_size() // WORD, row, self._half,
+            triton.cdiv(programs, ALIGNMENT) * ALIGNMENT, self.patience,
+        )  # fmt: skip
+        constexprs = dict(
+            RANK=self.rank, WORLD=self.size, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None
+        )  # fmt: skip
+        self._launch(add_kernel, (programs, 1), args, constexprs, own.dtype, ADD_BYTES // WORD, ADD_WARPS)
 
     def _launch(
         self,

@@ -10,8 +10,8 @@ The inbox has two halves, used in turns. A half may be written again two calls l
 than its owner has emptied it: a rank ends call n + 1 only with this rank's values of n + 1, which it sends after its
 call n is over. The turn is counted on the device, so that a captured graph may be replayed.
 
-A program waits only for programs of the same index on other ranks, which send before they wait: whatever number of them
-an SM holds, the first ones that are not done can always go on. Sums are fp32, in rank order, rounded once.
+A program waits only for programs of the same index on other ranks, or next to it, which send before they wait: as long
+as a GPU holds two of them, the first ones that are not done can go on. Sums are fp32, in rank order, rounded once.
 
 Limit: ranks must make the same calls in the same order, one at a time, each stream waiting for the one before it.
 """
@@ -77,6 +77,7 @@ def _received(p_in, m_in, p_state, patience, TRAP: tl.constexpr):
         tl.store(p_state + 2, 1)
         if TRAP & (patience > 0):
             tl.inline_asm_elementwise(_TRAP, "=r,r", [missing], tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()  # of a block smaller than the program several warps look at the same word
     tl.store(p_in, tl.full(b_in.shape, -1, tl.int32), mask=m_in)
     return b_in
 
@@ -203,7 +204,7 @@ def one_shot_kernel(
         b_y, m_y = b_y.to(DTYPE).to(tl.float32), m[:, None]
         size = row * b_y.shape[1]
         if NORM == 2:
-            b_y = tl.where(m_y, b_y - tl.sum(tl.where(m_y, b_y, 0.0)) / size, 0.0)
+            b_y -= tl.sum(tl.where(m_y, b_y, 0.0)) / size
         b_y *= tl.rsqrt(tl.sum(tl.where(m_y, b_y * b_y, 0.0)) / size + eps)
         if HAS_NORM_WEIGHT:
             if NORM == 1:
@@ -274,23 +275,43 @@ def add_kernel(
     p_bias,  # [row]
     p_residual,  # [words]
     p_out,
+    p_state,  # as above
+    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,
     words,
     stride,
     row,
+    half,
+    segment,
+    patience,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
+    TRAP: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """What one_shot_kernel makes of the ranks' values, where all of them lie here."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < words
+):  # fmt: skip
+    """What one_shot_kernel makes of the ranks' values, where all of them lie here once every rank has come so far.
+
+    Program i meets program i of every rank, by a word that says nothing else.
+    """
+    inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
+    i_word = tl.program_id(0) + tl.arange(0, 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    turn = tl.load(p_state, volatile=True)
+    inbox = (turn & 1) * tl.cast(half, tl.int64)
+    for i in tl.static_range(1, WORLD):
+        _send(inboxes, inbox + i_word, segment, tl.zeros((1,), tl.int32), i_word >= 0, RANK, (RANK + i) % WORLD)
+    _count(p_state, turn)
+    for i in tl.static_range(0, WORLD - 1):
+        _received(inboxes[RANK] + inbox + i * segment + i_word, i_word >= 0, p_state, patience, TRAP)
+    tl.debug_barrier()
+
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < words
     for rank in tl.static_range(WORLD):
         if rank == RANK:
             b_words = tl.load(p_own + o, mask=m, other=0)

@@ -19,16 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
-from tp_attention.comm.symmetric.inbox import DTYPES, WORD, Inboxes
-from tp_attention.comm.symmetric.kernels import add_kernel
+from tp_attention.comm.symmetric.inbox import Inboxes
 from tp_attention.kernels import configs
-from tp_attention.kernels.launch import launch
 
 STAGE_BYTES = 128 << 20  # of every rank: half for parts, half for sums
 TILE = 128, 256  # rows and columns that an SM multiplies at a time
 OVERLAP_BYTES = 32 << 20  # of the result, from where on this is worth its barriers
 CHUNKS = 4  # at most, of each rank's rows: more of them hide more, and cost a barrier each
-ADD_BYTES = 8192  # that a program of add_kernel makes
 
 
 class Overlap:
@@ -42,7 +39,8 @@ class Overlap:
 
     def pays(self, rows: int, columns: int, itemsize: int) -> bool:
         """Whether the result is so large, and the rows so many that every rank's fill the SMs with tiles."""
-        return rows * columns * itemsize >= OVERLAP_BYTES and rows >= self.size * self._wave(columns)
+        large = rows * columns * itemsize >= OVERLAP_BYTES and rows >= self.size * self._wave(columns)
+        return large and bool(self._stages)
 
     def project(
         self, multiply: Callable[[slice, Tensor], None], out: Tensor, bias: Tensor | None, residual: Tensor | None
@@ -62,10 +60,9 @@ class Overlap:
         self, multiply: Callable[[slice, Tensor], None], out: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> None:
         rows, columns = out.shape
-        wave = self._wave(columns)
         owned = triton.cdiv(rows, self.size)
-        chunk = wave * triton.cdiv(owned, wave * CHUNKS)
-        count = triton.cdiv(owned, chunk)
+        ends = self._ends(owned, columns)
+        count = len(ends) - 1
         stages = [
             stage.view(out.dtype)[: 2 * (self.size - 1) * owned * columns].view(2, self.size - 1, owned, columns)
             for stage in self._stages
@@ -73,7 +70,7 @@ class Overlap:
 
         def inside(i: int) -> slice:
             """Chunk i among a rank's rows."""
-            return slice(i * chunk, min((i + 1) * chunk, owned))
+            return slice(ends[i], ends[i + 1])
 
         def of(owner: int, i: int) -> slice:
             """Chunk i of a rank's rows, among all."""
@@ -101,8 +98,9 @@ class Overlap:
             side.main_waits_for(sent[i])
             if i > 1:
                 side.main_waits_for(told[i - 2])
-            self.barrier()  # parts of chunk i have come, and sums of chunk i - 2
-            self._add(out[mine], stages[self.rank][0, :, inside(i)], bias, None if residual is None else residual[mine])
+            # every rank comes here: parts of chunk i are here, and sums of chunk i - 2
+            rest = None if residual is None else residual[mine]
+            self.inboxes.add(out[mine], stages[self.rank][0, :, inside(i)], bias, rest)
             with side.after_main():
                 for reader in others:
                     send(reader, 1, i, mine)
@@ -132,25 +130,20 @@ class Overlap:
         """Whatever comes after it on this stream runs after what was before it on every rank's."""
         self.inboxes.one_shot(self._word, self._word)
 
+    def _ends(self, owned: int, columns: int) -> list[int]:
+        """Where the chunks of a rank's rows end, after 0: whole waves, one in the last chunk, which nothing hides."""
+        wave = self._wave(columns)
+        waves = triton.cdiv(owned, wave)
+        ends, left = [0], waves - 1
+        for chunks in range(min(CHUNKS - 1, left), 0, -1):
+            most = triton.cdiv(left, chunks)
+            ends.append(ends[-1] + most * wave)
+            left -= most
+        return [*ends, owned]
+
     def _wave(self, columns: int) -> int:
         """Rows whose tiles the SMs make at once."""
         return max(1, configs.multiprocessors(self.device) // triton.cdiv(columns, TILE[1])) * TILE[0]
-
-    def _add(self, own: Tensor, parts: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-        """own [rows, columns] <- the sum with parts [size - 1, rows or more, columns], + bias + residual."""
-        if not own.numel():
-            return
-        words = [None if x is None else x.view(-1).view(torch.int32) for x in (own, bias, residual)]
-        count, pdl = own.nbytes // WORD, configs.architecture(self.device) == 90
-        stride, row = (size * own.element_size() // WORD for size in (parts.stride(0), own.shape[1]))
-        args = words[0], parts.view(torch.int32), *words[1:], words[0], count, stride, row
-        constexprs = dict(
-            RANK=self.rank, WORLD=self.size, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, PDL=pdl,
-            DTYPE=DTYPES[own.dtype], BLOCK=ADD_BYTES // WORD,
-        )  # fmt: skip
-        options = {"launch_pdl": True} if pdl else {}
-        grid = (triton.cdiv(count, ADD_BYTES // WORD),)
-        launch(add_kernel, grid, self.device, args, constexprs, num_warps=8, **options)
 
 
 class _Side:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tp_attention.comm.norm import Norm
-from tp_attention.comm.symmetric.inbox import DTYPES, MOST_NORM_COLUMNS, WORD, Inboxes, in_words
+from tp_attention.comm.symmetric.inbox import DTYPES, WORD, Inboxes, in_words
 from tp_attention.comm.symmetric.overlap import Overlap
 from tp_attention.kernels import replay
 from tp_attention.kernels.gemm import gemm
@@ -88,12 +88,14 @@ class SymmetricSums:
         None where these shapes are better served by a projection, an all_reduce and a norm.
         """
         rows, columns = x.shape[0], weight.shape[1 if transposed else 0]
-        if not rows or columns * x.element_size() % WORD:
+        if not rows or not columns or columns * x.element_size() % WORD:
             return None
         bias, residual = _in_words(bias), _in_words(residual)
         if rows <= MAX_ROWS:
-            way = self.way_of(rows * columns * x.element_size())
-            if way != ONE_SHOT or (norm is not None and columns > MOST_NORM_COLUMNS):
+            nbytes = rows * columns * x.element_size()
+            if self.way_of(nbytes) != ONE_SHOT or nbytes > self.inboxes.room:
+                return None
+            if norm is not None and not self.inboxes.holds(columns, x.element_size()):
                 return None
             follows = (None,) if norm is None else (norm.kind, _in_words(norm.weight), _in_words(norm.bias), norm.eps)
             self._follow()

@@ -20,7 +20,7 @@ from tp_attention.comm.symmetric.inbox import Config, Inboxes
 from tp_attention.comm.symmetric.sums import SymmetricSums
 
 FP32, FP16, BF16 = DTYPES = torch.float32, torch.float16, torch.bfloat16
-SMALL = Config(256, 4)  # 64 words a program: a few hundred values are several
+SMALL, WIDE = Config(256, 4), Config(1024, 4)  # 64 and 256 words a program: a few hundred values are several
 PATIENCE = 1_000_000  # looks, minutes: a rank that fails ends the others long before
 LOOK = 5e-5  # seconds
 

@@ -20,6 +20,7 @@ from tests.multirank.symmetric_ranks import (
     FP16,
     FP32,
     SMALL,
+    WIDE,
     assert_empty,
     calls_of,
     draw,
@@ -45,7 +46,7 @@ def check_one(inboxes, turn, way, numel, dtype, in_place=False):
     parts = [draw(rank, turn, (numel,), dtype) for rank in range(inboxes.size)]
     x = parts[inboxes.rank].clone()
     out = x if in_place else torch.full_like(x, torch.nan)
-    getattr(inboxes, way)(x, out, config=SMALL)
+    getattr(inboxes, way)(x, out, config=(SMALL, WIDE)[turn % 2])
     assert torch.equal(out, ordered_sum(parts)), (turn, way, numel, dtype, in_place)
     assert in_place or torch.equal(x, parts[inboxes.rank]), "x was overwritten"
 
@@ -70,7 +71,7 @@ def test_sums(world, n):
 
 
 def test_sums_of_eight(world):
-    world(8)(sum_everything, 8192, (1, 130, 600), 1)
+    world(8)(sum_everything, 8192, (1, 600), 1)
 
 
 def pass_specials(world):
@@ -128,7 +129,9 @@ def add_and_norm(world):
                 plain = reference.norm(out, None, None, "rmsnorm", norm.eps).to(dtype).float() * norm.weight.float()
                 plain = plain if norm.bias is None else plain + norm.bias.float()
                 assert (normed == plain.to(dtype)).float().mean() > 0.98  # sums in another order may turn a rounding
-    with pytest.MonkeyPatch.context() as patch:  # four programs a row, the last of which have nothing to send
+    assert_empty(inboxes)
+    inboxes = make_inboxes(4096)
+    with pytest.MonkeyPatch.context() as patch:  # four programs a row, of which the last has nothing to send
         patch.setattr(inbox, "SLICE_BYTES", 64)
         for turn, kind in enumerate(("rmsnorm", "layernorm"), 200):
             parts = [draw(r, turn, (rows, 35), FP32) for r in range(size)]
@@ -169,7 +172,7 @@ def add_partial_sums(world):
         assert torch.equal(out, (ordered_sum(parts).float() + bias.float()).to(dtype))
         assert normed is None or assert_close(normed, reference.norm(out, None)) >= 0
     assert_empty(inboxes)
-    with pytest.raises(ValueError, match=r"1000 words do not fit .* 512" if size == 2 else "do not fit"):
+    with pytest.raises(ValueError, match=r"4000 bytes must .* room for 2048" if size == 2 else "must go at once"):
         inboxes.one_shot(torch.zeros(2, 1000), torch.zeros(1000))
     assert calls_of(inboxes) == 6
 
@@ -211,7 +214,7 @@ def interleave(world):
     groups = [world.tp.process_group, world.dp.process_group, None, None]
     sets = [make_inboxes(4096, group) for group in groups]
     order = random.Random(5)
-    for turn in range(40):
+    for turn in range(24):
         which, way, count = order.randrange(4), order.choice(WAYS), order.choice((1, 65, 300))
         check_one(sets[which], turn, way, words_of(count, FP16), FP16)
     for group, inboxes in zip(groups, sets, strict=True):
@@ -226,7 +229,7 @@ def fit_every_tensor(world):
     group, rank = world.tp, world.rank
     every = range(group.size)
     with symmetric(group) as sums:
-        for turn, (numel, dtype) in enumerate(itertools.product((1, 2, 3, 1001, 5000), DTYPES)):
+        for turn, (numel, dtype) in enumerate(itertools.product((1, 3, 1001, 2500), DTYPES)):
             sums.way = ("auto", *WAYS)[turn % 3]
             parts = [draw(r, turn, (numel,), dtype) for r in every]
             x, expected = parts[rank].clone(), ordered_sum(parts)
@@ -264,7 +267,7 @@ def test_all_reduce_fits_every_tensor(world, n):
 
 def test_way_of_a_size():
     for size, most in ONE_SHOT_BYTES.items():
-        inboxes = Inboxes(0, [torch.empty(1024, dtype=torch.uint8)] * size, patience=1)
+        inboxes = Inboxes(0, [torch.empty(4096, dtype=torch.uint8)] * size, patience=1)
         sums = SymmetricSums(inboxes, [])
         assert sums.way_of(0) == "one_shot" and sums.way_of(1 << 30) == ("one_shot" if size == 2 else "two_shot")
         assert most is None or (sums.way_of(most), sums.way_of(most + 1)) == WAYS
@@ -315,18 +318,19 @@ def all_equal(results):
 
 def project_few(world):
     """At most 64 tokens: one launch after the product; ranks hold different numbers of columns of x, one none."""
-    results, launches, depths = [], 0, [200, 0, 129][: world.size]
-    parts, out = partial_sums(torch.ones(1, 200), torch.ones(36, 200))
+    results, launches, depths = [], 0, [140, 0, 17][: world.size]
+    parts, out = partial_sums(torch.ones(1, 140), torch.ones(36, 140))
     assert parts.shape[1:] == out.shape and len(parts) > 1, "K is not split, so partial sums are not summed here"
     with symmetric(world.tp, 1 << 16) as sums:
-        cases = itertools.product((1, 5, 64), (False, True), (False, True), NORMS)
+        cases = [*itertools.product((5,), (False, True), (False, True), NORMS)]
+        cases += [(1, True, False, NORMS[2]), (1, False, True, None), (64, True, True, NORMS[1])]
         for turn, (rows, biased, added, norm) in enumerate(cases):
-            dtype = (FP32, FP16)[turn // 3 % 2]
+            dtype = (FP32, FP16)[turn // 2 % 2]
             results += project_and_check(
                 world, turn, rows, 36, depths, dtype, norm, biased=biased, added=added, transposed=bool(turn % 2)
             )
             launches += 1
-        for norm in NORMS[:3]:
+        for norm in NORMS[:2]:
             results += project_and_check(world, 70, 3, 36, [48, 0, 40], BF16, norm, biased=True, added=False)
             results += project_and_check(
                 world, 71, 3, 36, [48, 0, 40], FP16, norm, biased=True, added=True, int8=True
