@@ -59,10 +59,14 @@ def prompt(padding="none"):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _inputs(model, padding):
+    return {name: value.to(model.device) for name, value in prompt(padding).items()}
+
+
 @torch.no_grad()
 def logits(model, padding="none"):
     """Logits of the tokens that are no padding [N, vocabulary]."""
-    inputs = prompt(padding)
+    inputs = _inputs(model, padding)
     out = model(**inputs).logits
     return out[inputs["attention_mask"].bool()] if "attention_mask" in inputs else out.flatten(0, 1)
 
@@ -82,4 +86,4 @@ def expected_logits(model, padding="none"):
 
 def generated(model, padding="left", **options):
     """Greedy tokens, 8 a sequence."""
-    return model.generate(**prompt(padding), max_new_tokens=8, min_new_tokens=8, do_sample=False, **options)
+    return model.generate(**_inputs(model, padding), max_new_tokens=8, min_new_tokens=8, do_sample=False, **options)

@@ -104,13 +104,14 @@ class Overlap:
             with side.after_main():
                 for reader in others:
                     send(reader, 1, i, mine)
+                told.append(side.mark())
                 if i > 1:
                     self._take(out, stages[self.rank][1], others, of, inside, i - 2)
-            told.append(side.mark())
         side.main_waits_for(told[-1])
         self.barrier()
         for i in range(max(0, count - 2), count):
             self._take(out, stages[self.rank][1], others, of, inside, i)
+        side.main_waits_for(side.mark())
 
     def _take(
         self,

@@ -13,10 +13,10 @@ PADDINGS = ("none", "full", "left", "right")
 
 
 def run_family(world, name):
-    model = replace_attention(build(name), world.tp.process_group)  # None where there is one rank
+    model = replace_attention(build(name).to(world.device), world.tp.process_group)  # None where there is one rank
     outputs = [logits(model, padding) for padding in PADDINGS]
     with torch.no_grad():
-        inputs = torch.arange(3, 10)[None]
+        inputs = torch.arange(3, 10, device=world.device)[None]
         attentions = model(inputs, output_attentions=True).attentions
     tokens = [] if name == "bert" else [generated(model, padding) for padding in ("none", "left")]
     return outputs, attentions, tokens

@@ -94,7 +94,7 @@ def in_turns(
 ) -> list[Timing]:
     """Time contenders in rounds of a replay each, every other round in reverse; the budget is for each of them.
 
-    group: its ranks call this at once, with the same contenders in the same order; the times are this rank's.
+    group: its ranks call this at once, with the same contenders in the same order; the times are the slowest rank's.
     """
     if not contenders:
         return []
@@ -107,7 +107,7 @@ def in_turns(
     order = [i for turn in range(warm + rounds) for i in (reversed(forward) if turn % 2 else forward)]
     samples: list[list[float]] = [[] for _ in contenders]
     meet(group)
-    for i, ms in zip(order, _times([contenders[i].replay for i in order], device), strict=True):
+    for i, ms in zip(order, _times([contenders[i].replay for i in order], device, group), strict=True):
         samples[i].append(ms / contenders[i].count)
     return [Timing.of(every[warm:]) for every in samples]
 
@@ -187,19 +187,31 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _times(replays: Sequence[Call], device: torch.device) -> list[float]:
-    """Milliseconds of each. On a GPU all are queued before any is waited for, so that it is never idle in between."""
+def _times(replays: Sequence[Call], device: torch.device, group: TPGroup | None = None) -> list[float]:
+    """Milliseconds of each. On a GPU all are queued before any is waited for, so that it is never idle in between.
+
+    group: each begins on all ranks at once and takes as long as on the slowest. Without that, a rank that is done with
+    one thing sooner would have its wait for the others counted as part of the next.
+    """
     if device.type != "cuda":
         clock = [time.perf_counter()]
         for replay in replays:
             replay()
             clock.append(time.perf_counter())
         return [(end - start) * 1e3 for start, end in itertools.pairwise(clock)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(replays) + 1)]
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in replays] for _ in range(2))
+    alone = group is None or group.size == 1
+    word = None if group is None or alone else torch.zeros(1, device=device)
     replays[0]()  # keeps the GPU busy while the first event and replay are queued
-    events[0].record()
-    for replay, event in zip(replays, events[1:], strict=True):
+    for replay, start, end in zip(replays, starts, ends, strict=True):
+        if word is not None and group is not None:
+            comm.all_reduce(word, group, out=word)  # on the stream, no wait here
+        start.record()
         replay()
-        event.record()
+        end.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+    times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+    if group is None or alone:
+        return times
+    everyones = comm.all_gather(torch.tensor([times], device=device), group, dim=0, sizes=[1] * group.size)
+    return everyones.amax(0).tolist()
