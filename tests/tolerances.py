@@ -20,7 +20,7 @@ TOLERANCE = {
 
 def error_of(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest finite expected value (over 1 where that is 0); inf if infinities differ."""
-    actual, expected = actual.double().cpu(), expected.cpu()
+    actual, expected = actual.double(), expected.to(actual.device)  # of two ranks, say
     finite = expected.isfinite()
     if not torch.equal(actual[~finite], expected[~finite]):
         return math.inf
