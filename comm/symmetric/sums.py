@@ -18,9 +18,9 @@ from tp_attention.kernels.skinny_gemm import MAX_ROWS, partial_sums
 AUTO, ONE_SHOT, TWO_SHOT = "auto", "one_shot", "two_shot"
 
 # Up to how many bytes everyone sends all of x to everyone, by the number of ranks; two shots move fewer beyond. Of two
-# ranks measured on H200s (benchmarks/all_reduce.csv): one shot is the faster or within 1% at every size. Of more,
-# from the model in bench/links.py: a second delay of 1.5 µs against (size - 1)(1 - 2 / size) times x over 390 GB/s.
-ONE_SHOT_BYTES = {2: None, 3: 896 << 10, 4: 384 << 10, 5: 240 << 10, 6: 176 << 10, 7: 136 << 10, 8: 112 << 10}
+# ranks measured on H200s (benchmarks/all_reduce.csv): one shot is the faster or within 1% at every size. Of more it is
+# where the model of bench/links.py, fitted to these measurements, has the two cross; nobody has measured it there.
+ONE_SHOT_BYTES = {2: None, 3: 480 << 10, 4: 208 << 10, 5: 128 << 10, 6: 96 << 10, 7: 72 << 10, 8: 60 << 10}
 
 
 class SymmetricSums:

@@ -1,7 +1,12 @@
-"""The plots of bench/comm.py and bench/links.py: times over sizes as lines, times of shapes as bars."""
+"""The plots of bench/comm.py and bench/links.py: times over sizes as lines, times of shapes as bars.
+
+python -m tp_attention.bench.comm_plots benchmarks      # draws a folder's CSV files of bench/comm.py
+"""
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,21 @@ from tp_attention.bench.results import OURS
 Row = Mapping[str, Any]
 
 
+def main(folder: Path) -> None:
+    """Draw the CSV files of bench/comm.py in folder."""
+    for name, draw in (("all_reduce", lines), ("projection_all_reduce", bars)):
+        with (folder / f"{name}.csv").open(newline="") as stream:
+            rows = [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(stream)]
+        print(draw(name, rows, folder / f"{name}.png"))
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def canvas(title: str, width: float = 9.0, panels: int = 1) -> tuple[Any, list[Any]]:
     """A figure with this title, and the axes of its panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,7 +40,7 @@ def canvas(title: str, width: float = 9.0, panels: int = 1) -> tuple[Any, list[A
 
     figure = Figure(figsize=(width, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     each = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in each:
         axes.grid(alpha=0.3)
@@ -40,6 +60,7 @@ def lines(name: str, rows: Sequence[Row], path: Path) -> Path:
         axes.plot(list(floors), list(floors.values()), "k--", linewidth=1, label="link floor")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5 * min(row["us"] for row in rows if row["us"] != ""))  # the floor goes on down
     labels = {row["bytes"]: row["row"] for row in rows}
     axes.set_xticks(list(labels), list(labels.values()), rotation=30)
     return save(figure, path)
@@ -85,4 +106,8 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 def _title(name: str, rows: Sequence[Row]) -> str:
     first = rows[0]
-    return f"{name}, bf16, {first['ranks']} x {first['device']}, torch {first['torch']}, triton {first['triton']}"
+    return f"{name}, bf16, {int(first['ranks'])} x {first['device']}, torch {first['torch']}, triton {first['triton']}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
