@@ -59,8 +59,8 @@ def prompt(padding="none"):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _inputs(model, padding):
-    return {name: value.to(model.device) for name, value in prompt(padding).items()}
+def _inputs(model, padding):  # a model, or an engine around one
+    return {name: value.to(next(model.parameters()).device) for name, value in prompt(padding).items()}
 
 
 @torch.no_grad()

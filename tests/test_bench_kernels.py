@@ -165,7 +165,7 @@ def fake_cuda(monkeypatch):
             clock[0] += sum(call() for call in self.calls)
 
     @contextlib.contextmanager
-    def capture(graph, stream):
+    def capture(graph, stream, capture_error_mode):
         recorded.clear()
         yield
         graph.calls = list(recorded)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tp_attention import attention as layer_module
 from tp_attention.attention import TPSelfAttention
 from tp_attention.checkpoint.logical import Checkpoint, LogicalTensors
 from tp_attention.comm import TPGroup
@@ -36,7 +35,7 @@ def ours(checkpoint: Checkpoint, config: AttentionConfig, x: Tensor, tp: int) ->
             getattr(layer, name).copy_(share)
         if rank:
             layer.out_bias = None  # added once
-        with mock.patch.object(layer_module, "all_reduce", lambda partial, group, out: partial):
+        with mock.patch("tp_attention.comm.linear.all_reduce", lambda partial, group, out: partial):
             total += layer(x)
     return total
 

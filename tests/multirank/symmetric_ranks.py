@@ -6,6 +6,8 @@ whose sums are exact.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,30 +27,27 @@ PATIENCE = 1_000_000  # looks, minutes: a rank that fails ends the others long b
 LOOK = 5e-5  # seconds
 
 
-def _give_way(load):
-    def wrapper(builder, pointers, mask, other, cache, eviction, is_volatile):
-        if is_volatile:
+@functools.cache  # once a process
+def _share_cores():
+    """Ranks share a few cores here: one that looks in vain lets another run. And the interpreter runs a program after
+    the other, so those that wait for their neighbours on other ranks come last; on a GPU these run side by side."""
+    load, start = InterpreterBuilder.create_masked_load, InterpreterBuilder.set_grid_idx
+    names = list(inspect.signature(load).parameters)
+
+    def give_way(*args, **keywords):
+        if {**dict(zip(names, args, strict=False)), **keywords}["is_volatile"]:
             time.sleep(LOOK)
-        return load(builder, pointers, mask, other, cache, eviction, is_volatile)
+        return load(*args, **keywords)
 
-    return wrapper
-
-
-def _last_first(start):
-    def wrapper(builder, x, y, z):
+    def last_first(builder, x, y, z):
         start(builder, builder.grid_dim[0] - 1 - x, y, z)
 
-    return wrapper
-
-
-# Ranks share a few cores here: one that looks in vain lets another run. And the interpreter runs a program after the
-# other, so those that wait for their neighbours on other ranks come last; on a GPU these run side by side.
-InterpreterBuilder.create_masked_load = _give_way(InterpreterBuilder.create_masked_load)
-InterpreterBuilder.set_grid_idx = _last_first(InterpreterBuilder.set_grid_idx)
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.set_grid_idx = give_way, last_first
 
 
 def shared(nbytes, process_group=None):
     """Every rank's `nbytes` bytes in rank order, all bits set. Every rank of the group must call it."""
+    _share_cores()
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
     folder = tempfile.TemporaryDirectory() if rank == 0 else None
     path = [folder.name if folder else None]

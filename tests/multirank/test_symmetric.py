@@ -463,7 +463,7 @@ def test_obstacles():
     assert agreement._obstacle(["a"] * 8, [*"01234567"]) == ""
     assert "9 ranks, more than 8" in agreement._obstacle(["a"] * 9, [*"012345678"])
     assert agreement._host() == agreement._host() != ""
-    assert "up to 384 KiB" in agreement._table("auto", 4) and "up to" not in agreement._table("auto", 2)
+    assert "up to 208 KiB" in agreement._table("auto", 4) and "up to" not in agreement._table("auto", 2)
     assert agreement._table("two_shot", 4) == "two_shot because of TP_ATTENTION_ALL_REDUCE"
 
 
