@@ -33,7 +33,8 @@ def all_reduce(x: Tensor, group: TPGroup, *, out: Tensor | None = None) -> Tenso
     new tensor; x is untouched unless out is x. On an ordered group fp16 and bf16 are summed in fp32 and rounded once.
 
     Raises ValueError for a wrong device, dtype or out, RuntimeError where a gradient would be lost, and
-    CollectiveError where the transfer fails, a rank stays away for longer than the group's timeout or ranks disagree.
+    CollectiveError where the transfer fails, a rank stays away for longer than the group's timeout or ranks disagree;
+    on CUDA a rank that stays away is the heartbeat's to name, and it ends the process.
     """
     _check(x, group)
     if x.dtype not in ACCUMULATE:
@@ -72,9 +73,10 @@ def all_gather(x: Tensor, group: TPGroup, *, dim: int = -1, sizes: Sequence[int]
     with group.transfer("all_gather", x, free=dim if fits else None, sizes=known):
         if sizes is None:
             sizes = _gather(torch.tensor([mine], device=x.device), group).flatten().tolist()
-        if not fits:
-            raise ValueError(f"sizes={list(sizes)}, but rank {group.rank} of {group.size} has x.size({dim})={mine}")
-        parts = _gather(_grown(x, dim, max(sizes)), group)
+        if fits:
+            parts = _gather(_grown(x, dim, max(sizes)), group)
+    if not fits:
+        raise ValueError(f"sizes={list(sizes)}, but rank {group.rank} of {group.size} has x.size({dim})={mine}")
     return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts.unbind(0), sizes, strict=True)], dim)
 
 

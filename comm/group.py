@@ -1,7 +1,8 @@
 """TPGroup: the ranks that share one model, and the transfers that collectives.py is written on.
 
-A transport other than torch.distributed (MPI, symmetric memory) is a subclass that overrides the underscored
-transfers; argument checks and the order of sums stay in collectives.py. Limit: gloo for CPU tensors, NCCL for CUDA.
+A transport other than torch.distributed (MPI) is a subclass that overrides the underscored transfers; argument checks
+and the order of sums stay in collectives.py. Limit: gloo for CPU tensors, NCCL for CUDA, where floats are summed
+through symmetric memory instead if all ranks can.
 
 No collective waits for ever: `transfer`, around each of them, names what failed, and a group that failed once is over.
 gloo ends a transfer after `timeout` and when a rank dies; on CUDA heartbeat.py does both, by ending the process.
@@ -144,12 +145,12 @@ class TPGroup:
         abort: after an error, when the other ranks may never come: do not wait for them.
         """
         process_group, self.process_group = self.process_group, None
-        if self.symmetric is not None:
-            self.symmetric.close(wait=not abort)
-            self.symmetric = None
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat:
             heartbeat.leave(failed=abort)
+        symmetric, self.symmetric = self.symmetric, None
+        if symmetric is not None:
+            symmetric.close(wait=not abort)
         if self._owned and process_group is not None and dist.is_initialized():
             with suppress(ValueError):  # it went with an earlier default group, and this is another
                 destroy_process_group(process_group, self.backend, abort)
@@ -183,8 +184,8 @@ class TPGroup:
         """Around every collective: numbers it, compares it with the other ranks' where checked, and names what fails.
 
         x: what is sent, of one dtype and shape on all ranks but for dimension `free`. arguments: what else the ranks
-        must agree on. A RuntimeError or TimeoutError inside becomes a CollectiveError and ends the group: its ranks can
-        no longer know which bytes belong to which call. Ranks that only disagree may go on.
+        must agree on. Any error inside becomes a CollectiveError and ends the group: its ranks can no longer know which
+        bytes belong to which call. Ranks that only disagree may go on.
         """
         if self.size == 1:
             yield
@@ -201,7 +202,7 @@ class TPGroup:
             difference = checks.difference(self._meet(checks.record(call))) if self.checked else None
             if difference is None:
                 yield
-        except (RuntimeError, TimeoutError) as error:
+        except Exception as error:  # of a compiler too, which may fail on one rank alone
             waited = f"after {time.monotonic() - start:.1f} s of at most {self.timeout:g} s"
             self._failure = self._named(call, f"{waited}: {error}")
             traceback.clear_frames(error.__traceback__)  # torch's own hold the process group, and so its connections

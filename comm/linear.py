@@ -60,8 +60,9 @@ def linear_all_reduce(
     the whole weight. bias [E] and residual [..., E]: the same on every rank. weight_scale, transposed: as in
     functional.linear. The sum is rounded to x's dtype, then bias and residual are added in fp32.
 
-    Where the group sums through symmetric memory, the projection of at most 64 tokens sends its sums straight to the
-    other ranks, norm and all in one launch; that of many tokens on two GPUs sends each tile as soon as it is made.
+    Where the group sums through symmetric memory, the projection of at most 64 tokens is followed by one launch, which
+    adds up its parts, sends them and does all the rest, as long as the result is summed in one shot; that of many
+    tokens, from 32 MiB on, is transferred in chunks by copy engines meanwhile, unless there is a norm.
 
     Raises ValueError for what does not fit, and as functional.linear and all_reduce do.
     """
@@ -81,7 +82,8 @@ def linear_all_reduce(
     if sums is not None and sums.takes(x) and not (weight_scale is not None and x.dtype == torch.float32):
         refuse_grad(x=x, weight=weight, bias=bias, residual=residual)
         flat = None if residual is None else residual.reshape(-1, columns)
-        with group.transfer("linear_all_reduce", x, free=x.dim() - 1, columns=columns):
+        then = None if norm is None else norm.kind  # it decides what is sent how
+        with group.transfer("linear_all_reduce", x, free=x.dim() - 1, columns=columns, norm=then):
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: a rank may hold no columns
             result = sums.project(rows, weight, **keywords, bias=bias, residual=flat, norm=norm)
     normed = None

@@ -180,13 +180,13 @@ def test_model_goes_through_what_it_was_fitted_to_and_grows():
 
 def test_model_is_drawn_from_the_last_run(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    columns = ["row", "bytes", "ranks", "who", "us", "device", "date"]
+    columns = ["row", "bytes", "ranks", "who", "us", "note", "device", "date"]
     with (tmp_path / "all_reduce.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
         for date, alpha in (("old", 50.0), ("new", 5.0)):
             for who, more in ((OURS, 0.0), (f"{OURS} two_shot", 1.5), ("nccl", 7.0)):
-                writer.writerows(["", n, 2, who, alpha + more + n / 380e3, "a GPU", date] for n in SIZES)
+                writer.writerows(["", n, 2, who, alpha + more + n / 380e3, "one_shot", "a GPU", date] for n in SIZES)
     links.main(tmp_path, 50.0, 15.0, 0.6)
     said = capsys.readouterr().out
     assert "one shot alpha 5.00 µs, B 380 GB/s" in said and "delay 1.50 µs, fitted" in said

@@ -182,7 +182,7 @@ class AttentionWeights(nn.Module):
     def qkv(self) -> tuple[Tensor, Tensor | None]:
         """The packed projection and its bias, joined of its parts where those are what there is."""
         whole = self.attn_qkvw
-        if whole is not None and not self.qkv_merging:  # as in most calls: looking for parts takes a tenth of the host's
+        if whole is not None and not self.qkv_merging:  # mostly so, and looking for parts takes 10 µs
             return self.stored(whole, "attn_qkvw"), self.attn_qkvb
         parts = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
         if whole is not None and not parts:

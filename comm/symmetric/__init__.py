@@ -1,1 +1,5 @@
-"""All-reduce over memory that the GPUs of one host share: kernels.py how, inbox.py their launches, offer.py whether."""
+"""Sums over GPUs of one host through memory that all of them can write.
+
+kernels.py how, inbox.py the kernels' launches, sums.py which way for which size, overlap.py a projection over its sum,
+memory.py where, agreement.py whether.
+"""

@@ -6,16 +6,21 @@ error, while "auto" says in the log why NCCL is used instead.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tp_attention.comm import stores
+from tp_attention.comm.symmetric import memory
+from tp_attention.comm.symmetric.memory import MOST_RANKS
 
 if TYPE_CHECKING:
     from tp_attention.comm.symmetric.sums import SymmetricSums
@@ -25,8 +30,10 @@ log = logging.getLogger("tp_attention")
 SWITCH = "TP_ATTENTION_ALL_REDUCE"
 WAYS = ("auto", "nccl", "one_shot", "two_shot")
 TRIALS = (64, 70_002, 70_002, 6)  # values summed in the trial, so that both halves of the inboxes are used
-TRIAL_PATIENCE = 10_000_000  # looks, some seconds
-LOOKS_A_SECOND = 2_000_000  # about; a look takes longer where many programs wait
+TRIAL_SECONDS = 60.0  # a rank may have to compile first
+LOOKS_A_SECOND = 4_000_000  # at most: so patience is never less than it should be
+MARGIN = 15.0  # seconds by which a kernel is more patient than the heartbeat, whose error says more
+MOST_LOOKS = 2**31 - 16  # what a kernel counts to, some 10 minutes at least
 
 
 def wanted() -> str:
@@ -50,28 +57,36 @@ def agree(
     def exchange(key: str, text: str) -> list[str]:
         return [item.decode().strip() for item in stores.exchange(store, key, f"{text} ".encode(), rank, size, timeout)]
 
-    way = os.environ.get(SWITCH, "")  # checked when all have said theirs: a rank that raised would be waited for
+    way = os.environ.get(SWITCH, "") or "auto"  # checked later: a rank that raised here would be waited for
     ways, hosts, gpus = exchange("ways", way), exchange("hosts", _host()), exchange("gpus", _gpu(device))
     if len(set(ways)) > 1:
         raise ValueError(f"the ranks of group {name} have {SWITCH}={', '.join(ways)}; all must have the same")
     way = wanted()
     if way == "nccl":
         return None
-    obstacle, sums = _obstacle(hosts, gpus), None
+    obstacle = _obstacle(hosts, gpus)
+    mine: Any = None
+    sums: SymmetricSums | None = None
+
+    def all_can(step: str, attempt: Callable[[], Any]) -> Any:
+        """What attempt() returns, where no rank's raises; else None, and there is an obstacle."""
+        nonlocal obstacle
+        trouble, result = "", None
+        try:
+            result = attempt()
+        except Exception as failure:
+            trouble = f"rank {rank}: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+        obstacle = next(filter(None, exchange(step, trouble)), "")
+        return None if obstacle else result
+
     if not obstacle:
-        trouble = ""
-        try:
-            sums = _allocated(process_group, rank, size, device, way)
-        except Exception as failure:
-            trouble = _said(failure, rank)
-        obstacle = next(filter(None, exchange("memory", trouble)), "")
+        mine = all_can("memory", lambda: _reserved(device, way))
+    if not obstacle:  # only now: the ranks meet in it
+        sums = all_can("sharing", lambda: _shared(mine, process_group, rank, size, way))
     if not obstacle and sums is not None:
-        try:
-            _try(sums)
-        except Exception as failure:
-            trouble = _said(failure, rank)
-        obstacle = next(filter(None, exchange("trial", trouble)), "")
-        sums.inboxes.patience = min(int(timeout * LOOKS_A_SECOND), 2**31 - 1)
+        sums.inboxes.patience = -_looks(min(timeout, TRIAL_SECONDS))
+        all_can("trial", functools.partial(_try, sums))
+        sums.inboxes.patience = _looks(timeout + MARGIN)
     if obstacle and way != "auto":
         raise RuntimeError(f"{SWITCH}={way} cannot be in group {name}: {obstacle}; unset it to use NCCL")
     if rank == 0:
@@ -81,26 +96,38 @@ def agree(
 
 
 def _obstacle(hosts: list[str], gpus: list[str]) -> str:
-    from tp_attention.comm.symmetric.inbox import MOST_RANKS
-
+    """gpus: for each rank "uuid, what it is"."""
+    kinds = {gpu.partition(",")[2] for gpu in gpus}
     if len(set(hosts)) > 1:
         return f"its ranks are on {len(set(hosts))} hosts"
     if len(hosts) > MOST_RANKS:
         return f"it has {len(hosts)} ranks, more than {MOST_RANKS}"
     if len(set(gpus)) < len(gpus):
         return "two ranks share a GPU"
+    if len(kinds) > 1:  # how a product is cut follows from the GPU
+        return f"its GPUs differ:{' and'.join(sorted(kinds))}"
     return ""
 
 
-def _allocated(process_group: dist.ProcessGroup, rank: int, size: int, device: torch.device, way: str) -> SymmetricSums:
-    from tp_attention.comm.symmetric import memory
-    from tp_attention.comm.symmetric.inbox import INBOX_BYTES, Inboxes
+def _looks(seconds: float) -> int:
+    return min(int(seconds * LOOKS_A_SECOND), MOST_LOOKS)
+
+
+def _reserved(device: torch.device, way: str) -> Tensor:
+    from tp_attention.comm.symmetric.inbox import INBOX_BYTES
     from tp_attention.comm.symmetric.overlap import STAGE_BYTES
+
+    return memory.reserve(INBOX_BYTES + (0 if way == "one_shot" else STAGE_BYTES), device)
+
+
+def _shared(mine: Tensor, process_group: dist.ProcessGroup, rank: int, size: int, way: str) -> SymmetricSums:
+    from tp_attention.comm.symmetric.inbox import INBOX_BYTES, Inboxes
     from tp_attention.comm.symmetric.sums import SymmetricSums
 
-    whole, keep = memory.allocate(INBOX_BYTES + STAGE_BYTES, process_group, device)
-    inboxes = Inboxes(rank, [each[:INBOX_BYTES] for each in whole], patience=-TRIAL_PATIENCE)
-    return SymmetricSums(inboxes, [each[INBOX_BYTES:] for each in whole], way, keep)
+    whole, keep = memory.share(mine, process_group)
+    inboxes = Inboxes(rank, [each[:INBOX_BYTES] for each in whole], patience=-1)
+    stages = [each[INBOX_BYTES:] for each in whole]
+    return SymmetricSums(inboxes, stages if stages[0].numel() else [], way, keep)
 
 
 def _try(sums: SymmetricSums) -> None:
@@ -129,10 +156,6 @@ def _table(way: str, size: int) -> str:
     return f"one shot{'' if most is None else f' up to {most >> 10} KiB, then two'} as the table says for {size} GPUs"
 
 
-def _said(failure: Exception, rank: int) -> str:
-    return f"rank {rank}: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
-
-
 def _host() -> str:
     """What ranks of one running host have in common, also where several containers have one name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -140,4 +163,5 @@ def _host() -> str:
 
 
 def _gpu(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)
+    about = torch.cuda.get_device_properties(device)
+    return f"{about.uuid}, {about.name} of {about.multi_processor_count} SMs"

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tp_attention.comm.norm import Norm
 from tp_attention.comm.symmetric.kernels import add_kernel, one_shot_kernel, two_shot_kernel
+from tp_attention.comm.symmetric.memory import MOST_RANKS
 from tp_attention.kernels import configs
 from tp_attention.kernels.launch import launch
 
-MOST_RANKS = 8
 INBOX_BYTES = 64 << 20  # of every rank; longer tensors go through it piece by piece
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 NORMS = {None: 0, "rmsnorm": 1, "layernorm": 2}  # the kernel's constexpr NORM
@@ -34,6 +34,9 @@ class Config:
 
     nbytes: int
     warps: int
+
+
+PROGRAM = Config(2048, 4)  # the best, or within 2% of it, at every size and of both kernels
 
 
 class Inboxes:
@@ -56,15 +59,12 @@ class Inboxes:
         spare = [None] * (MOST_RANKS - len(inboxes))
         self._inboxes: list[Any] = [inbox.view(torch.int32) for inbox in inboxes] + spare
         self._state = torch.zeros(3, dtype=torch.int32, device=self.device)
+        self.memory = [self._state, *inboxes]  # what the kernels use beside their arguments
 
     def holds(self, columns: int, itemsize: int) -> bool:
         """Whether a program that norms a row of so many columns has registers for it."""
         block = triton.next_power_of_2(columns * itemsize // WORD)
         return block * triton.next_power_of_2(self.size) <= MOST_NORM_WORDS
-
-    def memory(self) -> list[Tensor]:
-        """What the kernels use beside their arguments."""
-        return [self._state, *(inbox for inbox in self._inboxes if inbox is not None)]
 
     def failed(self) -> bool:
         """Whether a rank was waited for in vain. Waits for the GPU."""
@@ -98,10 +98,11 @@ class Inboxes:
         if norm is not None:  # a program holds a row
             step = min(step, MOST_ROWS * row)
             block = triton.next_power_of_2(row)
-            warps = config.warps if config else 8 if block < 4096 else 16
+            # fewer for short rows: of a block smaller than the program several warps hold the same word
+            warps = config.warps if config else max(1, min(8, block // 32)) if block < 4096 else 16
             slices = 1 if x.data_ptr() == out.data_ptr() else max(1, block * WORD // SLICE_BYTES)
         else:
-            config = config or one_shot_config(min(words, step) * WORD)
+            config = config or PROGRAM
             block, warps, slices = config.nbytes // WORD, config.warps, 1
         source, rest, normed_words = x if splits else _words(x), _words(residual), _words(normed)
         for start in range(0, words, step):
@@ -132,7 +133,7 @@ class Inboxes:
             raise ValueError(
                 f"an inbox of {2 * self._half * WORD} bytes is too small for two shots of {self.size} ranks"
             )
-        config = config or two_shot_config(min(words, most) * WORD)
+        config = config or PROGRAM
         block = config.nbytes // WORD
         for start in range(0, words, most):
             count = min(most, words - start)
@@ -183,11 +184,3 @@ def in_words(x: Tensor) -> bool:
 
 def _words(x: Any) -> Any:  # Tensor | None
     return x if x is None else x.view(-1).view(torch.int32)
-
-
-def one_shot_config(nbytes: int) -> Config:
-    return Config(2048, 4)
-
-
-def two_shot_config(nbytes: int) -> Config:
-    return Config(2048, 4)

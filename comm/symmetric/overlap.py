@@ -54,10 +54,19 @@ class Overlap:
             def inside(rows: slice, to: Tensor, start: int = start) -> None:
                 multiply(_shifted(rows, start), to)
 
-            self._piece(inside, out[part], bias, None if residual is None else residual[part])
+            side = _Side(self._side)
+            try:
+                self._piece(side, inside, out[part], bias, None if residual is None else residual[part])
+            finally:  # whoever gets out's memory next is not to meet a copy that still reads it
+                side.main_waits_for(side.mark())
 
     def _piece(
-        self, multiply: Callable[[slice, Tensor], None], out: Tensor, bias: Tensor | None, residual: Tensor | None
+        self,
+        side: _Side,
+        multiply: Callable[[slice, Tensor], None],
+        out: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
     ) -> None:
         rows, columns = out.shape
         owned = triton.cdiv(rows, self.size)
@@ -82,7 +91,6 @@ class Overlap:
             stages[to][kind, place, inside(i)][: part.stop - part.start].copy_(out[part])
 
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        side = _Side(self._side)
         self.barrier()  # nobody reads any more what came the last time
         sent: list[Any] = [None] * count
         for owner in others:
@@ -111,7 +119,6 @@ class Overlap:
         self.barrier()
         for i in range(max(0, count - 2), count):
             self._take(out, stages[self.rank][1], others, of, inside, i)
-        side.main_waits_for(side.mark())
 
     def _take(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class SymmetricSums:
     "two_shot" or "auto", which chooses by size. keep: what must live as long as the memory.
 
     Streams: a call waits for the latest one, on whatever stream that was. Calls that are captured in a graph are
-    ordered by the graph, and whoever replays it on one stream and calls on another must order those.
+    ordered by the graph, and whoever replays it on one stream and calls on another must order those. A graph holds the
+    memory's addresses and must not be replayed after `close`.
     """
 
     def __init__(self, inboxes: Inboxes, stages: list[Tensor], way: str = AUTO, keep: Any = None) -> None:
@@ -38,14 +40,21 @@ class SymmetricSums:
         self.device = inboxes.device
         self.overlap = Overlap(inboxes, stages)
         self._keep = keep
-        self._latest: int | None = None  # the stream of the latest call
+        self._latest: torch.cuda.Stream | None = None  # the stream of the latest call
+        self._handle = -1  # its own
 
     def close(self, *, wait: bool) -> None:
-        """Nothing is kept any more that uses the memory. wait: until kernels that do have ended."""
+        """Nothing is kept any more that uses the memory. wait: until kernels that do have ended.
+
+        Otherwise the memory stays until the process ends: giving it back would wait for a kernel that may be waiting
+        for a dead rank, and ends the process where the GPU is lost, before anybody has read why.
+        """
         if self.device.type == "cuda":
             replay.forget()
             if wait:
                 torch.cuda.synchronize(self.device)
+            else:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is of a dtype that is summed here."""
@@ -152,17 +161,18 @@ class SymmetricSums:
         """function(*args); on a GPU what it launches is kept for the next call."""
         if self.device.type != "cuda":
             return function(*args)
-        return replay.again(function, args, {}, self.inboxes.memory())
+        return replay.again(function, args, {}, self.inboxes.memory)
 
     def _follow(self) -> None:
         """Order this call after the latest one."""
         if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        if self._latest is not None and self._latest != stream:
-            latest = torch.cuda.ExternalStream(self._latest, device=self.device)
-            torch.cuda.current_stream(self.device).wait_stream(latest)
-        self._latest = stream
+        handle = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if handle != self._handle:
+            stream = torch.cuda.current_stream(self.device)
+            if self._latest is not None:
+                stream.wait_stream(self._latest)
+            self._handle, self._latest = handle, stream
 
 
 def _in_words(x: Tensor | None) -> Tensor | None:

@@ -6,11 +6,10 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.tolerances import assert_close
 from tp_attention import reference
-from tp_attention.comm import CollectiveError, Norm, all_reduce, linear_all_reduce, stores
+from tp_attention.comm import Norm, all_reduce, linear_all_reduce
 
 pytest.importorskip("triton", reason="triton is built for Linux alone")
 
@@ -26,10 +25,9 @@ from tests.multirank.symmetric_ranks import (
     draw,
     make_inboxes,
     ordered_sum,
-    shared,
     symmetric,
 )
-from tp_attention.comm.symmetric import agreement, inbox, overlap
+from tp_attention.comm.symmetric import inbox, overlap
 from tp_attention.comm.symmetric.inbox import Inboxes, in_words
 from tp_attention.comm.symmetric.sums import ONE_SHOT_BYTES, SymmetricSums
 from tp_attention.kernels.skinny_gemm import partial_sums
@@ -440,136 +438,3 @@ def refuse_shapes(world):
 @pytest.mark.parametrize("n", [1, 2])
 def test_linear_all_reduce_refuses_wrong_shapes(world, n):
     world(n)(refuse_shapes)
-
-
-@pytest.mark.parametrize("way", [None, "", "auto", "nccl", "one_shot", "two_shot", "ring"])
-def test_what_the_environment_asks_for(monkeypatch, way):
-    if way is None:
-        monkeypatch.delenv(agreement.SWITCH, raising=False)
-    else:
-        monkeypatch.setenv(agreement.SWITCH, way)
-    if way == "ring":
-        with pytest.raises(ValueError, match=r"TP_ATTENTION_ALL_REDUCE=ring is none of auto, nccl, one_shot, two_shot"):
-            agreement.wanted()
-    else:
-        assert agreement.wanted() == (way or "auto")
-
-
-def test_obstacles():
-    nothing = agreement._obstacle(["a", "a"], ["0", "1"])
-    assert nothing == ""
-    assert "2 hosts" in agreement._obstacle(["a", "b", "a"], ["0", "1", "2"])
-    assert "share a GPU" in agreement._obstacle(["a"] * 3, ["0", "1", "0"])
-    assert agreement._obstacle(["a"] * 8, [*"01234567"]) == ""
-    assert "9 ranks, more than 8" in agreement._obstacle(["a"] * 9, [*"012345678"])
-    assert agreement._host() == agreement._host() != ""
-    assert "up to 208 KiB" in agreement._table("auto", 4) and "up to" not in agreement._table("auto", 2)
-    assert agreement._table("two_shot", 4) == "two_shot because of TP_ATTENTION_ALL_REDUCE"
-
-
-class Wrong(Inboxes):
-    """wrong: what is off by one on this rank, "sent" or "got"."""
-
-    wrong = ""
-
-    def two_shot(self, x, out, **keywords):
-        super().two_shot(x + 1 if self.wrong == "sent" else x, out, **keywords)
-        if self.wrong == "got":
-            out[-1] += 1
-
-
-def agree(world, ways, fault=None, on=-1):
-    """What the group agrees on; its text if it is an error. fault: what happens on rank `on`."""
-    group, rank, here = world.tp, world.rank, world.rank == on
-    store = stores.private(group.process_group)
-    allocations = []
-
-    def allocated(process_group, rank, size, device, way):
-        allocations.append(way)
-        memory = shared(1 << 14, process_group)
-        if fault == "allocation" and here:
-            raise RuntimeError("no peer\naccess")
-        inboxes = Wrong(rank, memory, patience=-(400 if fault in ("got", "left") else 100_000))
-        inboxes.wrong = fault if here else ""
-        return SymmetricSums(inboxes, [], way)
-
-    def integers(numel, generator):
-        return torch.randint(-32, 33, (numel,), generator=generator).float()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agreement, "_gpu", lambda device: "same" if fault == "gpu" else f"GPU {rank}")
-        patch.setattr(agreement, "_host", lambda: f"host {int(fault == 'host' and here)}")
-        patch.setattr(agreement, "_allocated", allocated)
-        patch.setattr(agreement, "TRIALS", (64, 1402, 1402, 6))
-        patch.setattr(torch, "randn", integers)
-        patch.setenv(agreement.SWITCH, ways[rank])
-        if fault == "left" and here:
-            return None
-        start = time.monotonic()
-        try:
-            sums = agreement.agree(group.process_group, store, group.device, "tp", 1.0 if fault == "left" else 30.0)
-        except (ValueError, RuntimeError, TimeoutError) as error:
-            return type(error).__name__, str(error), len(allocations), time.monotonic() - start
-    if sums is None:
-        return None, "", len(allocations), time.monotonic() - start
-    assert sums.inboxes.patience == 30 * agreement.LOOKS_A_SECOND and sums.way == ways[rank]
-    group.symmetric = sums
-    total = all_reduce(torch.full((500,), rank + 1.0), group)
-    group.symmetric = None
-    assert torch.equal(total, torch.full((500,), world.size * (world.size + 1) / 2))
-    assert_empty(sums.inboxes)
-    return "sums", "", len(allocations), time.monotonic() - start
-
-
-def test_agreement(world):
-    run = world(3)
-    for way in ("auto", "two_shot"):
-        assert [outcome[:3] for outcome in run(agree, [way] * 3)] == [("sums", "", 1)] * 3
-
-
-@pytest.mark.parametrize(
-    ("fault", "on", "allocations", "reason"),
-    [
-        ("allocation", 1, 1, "rank 1: RuntimeError: no peer access"),
-        ("got", 2, 1, ""),
-        ("sent", 0, 1, "rank 0: RuntimeError: the sum of 64 values by two_shot is wrong"),
-        ("gpu", -1, 0, "two ranks share a GPU"),
-        ("host", 2, 0, "its ranks are on 2 hosts"),
-    ],
-)
-def test_one_rank_cannot_and_so_none_does(world, fault, on, allocations, reason):
-    run = world(3)
-    assert [outcome[:3] for outcome in run(agree, ["auto"] * 3, fault, on)] == [(None, "", allocations)] * 3
-    for name, text, *_ in run(agree, ["one_shot"] * 3, fault, on):
-        assert name == "RuntimeError" and "TP_ATTENTION_ALL_REDUCE=one_shot cannot be in group tp: " in text
-        assert "unset it to use NCCL" in text
-        assert reason in text
-
-
-def test_agreement_on_nccl_and_on_nothing(world):
-    run = world(2)
-    assert [outcome[:3] for outcome in run(agree, ["nccl"] * 2)] == [(None, "", 0)] * 2
-    for name, text, allocations, seconds in run(agree, ["one_shot", "auto"]):
-        assert (name, allocations) == ("ValueError", 0) and seconds < 5
-        assert "the ranks of group tp have TP_ATTENTION_ALL_REDUCE=one_shot, auto; all must have the same" in text
-    (name, text, allocations, _), _ = run(agree, ["auto"] * 2, "left", 1)
-    assert (name, allocations) == ("TimeoutError", 0) and "ranks [1] of 2 did not come" in text
-
-
-def end_with_its_agreement(world):
-    """A group whose agreement fails is over, on the rank that raises and on those that meet it later."""
-    group = world.tp
-
-    def never(*_):
-        raise TimeoutError("ranks [1] of 2 did not come")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agreement, "agree", never)
-        with pytest.raises(CollectiveError, match=rf"rank {world.rank} of 2 of group tp .*did not come"):
-            group._agree(dist.PrefixStore("symmetric", stores.private(group.process_group)))
-    with pytest.raises(RuntimeError, match="destroyed"):
-        all_reduce(torch.ones(1), group)
-
-
-def test_a_failed_agreement_ends_the_group(world):
-    world(2)(end_with_its_agreement)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node=2 -m pytest tests/multirank/test_symmetric_cuda.py
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -133,16 +134,19 @@ def test_two_groups(world):
 
 
 def streams(world):
-    """Calls on several streams, one after the other, without the caller ordering them."""
-    group, pool = world.tp, [torch.cuda.Stream() for _ in range(3)]
-    results = []
-    for turn in range(60):
-        parts = [draw(rank, turn, 70_000, torch.bfloat16, group.device) for rank in range(group.size)]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(pool[turn % 3]):
-            results.append((all_reduce(parts[group.rank], group), rank_order_sum(parts)))
+    """Calls on several streams, the default one too, one after the other without the caller ordering them."""
+    group, pool = world.tp, [torch.cuda.default_stream(), *(torch.cuda.Stream() for _ in range(2))]
+    draws = [
+        [draw(rank, turn, 70_000, torch.bfloat16, group.device) for rank in range(group.size)] for turn in range(60)
+    ]
     torch.cuda.synchronize()
-    assert all(torch.equal(got, expected) for got, expected in results)
+    results = []
+    for turn, parts in enumerate(draws):
+        with torch.cuda.stream(pool[turn % 3]):
+            torch.cuda._sleep(200_000 * (turn % 2))
+            results.append(all_reduce(parts[group.rank], group))
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, rank_order_sum(parts)) for got, parts in zip(results, draws, strict=True))
 
 
 def test_streams(world):
@@ -245,7 +249,10 @@ def test_a_dead_rank_ends_the_others(tmp_path):
     """The one that waits in a kernel is ended by the heartbeat within 10 s, and says why."""
     script = tmp_path / "dies.py"
     script.write_text(DIES)
-    environment = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29577")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(os.environ, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks = [
         subprocess.Popen(
             [sys.executable, script], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},

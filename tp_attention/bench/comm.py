@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=2 -m tp_attention.bench.comm --tiny --out rows    # a dry run, also on CPUs with gloo
 
 First each result is held against the fp64 sum, ours also against the fp32 sum in rank order, bit for bit. Then all
-take turns, as replays of CUDA graphs (by the wall clock on CPUs); times are rank 0's. Rows are appended to
+take turns, as replays of CUDA graphs (by the wall clock on CPUs); times are the slowest rank's. Rows are appended to
 all_reduce.csv and projection_all_reduce.csv one by one. Ours failing is an error at the end; a peer that fails has
 its reason as its note. `over_ours`: this time over ours, so above 1 ours is the faster. The link's floor is what one
 rank must send, 2 (n - 1) / n times the bytes, over the rate of a copy from GPU 0 to GPU 1 in the same run.
