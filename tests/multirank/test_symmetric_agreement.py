@@ -1,10 +1,12 @@
 """Whether a group sums through symmetric memory, and what ends such a group: every rank alike (symmetric_ranks)."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 from tp_attention.comm import CollectiveError, Norm, all_reduce, linear_all_reduce, stores
 
@@ -15,13 +17,12 @@ from tests.multirank.symmetric_ranks import (
     make_inboxes,
     shared,
 )
-from tp_attention.comm.symmetric import agreement
+from tp_attention.comm.symmetric import agreement, memory
 from tp_attention.comm.symmetric import sums as sums_module
 from tp_attention.comm.symmetric.inbox import Inboxes
 from tp_attention.comm.symmetric.sums import ONE_SHOT_BYTES, SymmetricSums
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run in Triton's interpreter without a GPU")
-WAYS = ("one_shot", "two_shot")
 
 
 @pytest.mark.parametrize("way", [None, "", "auto", "nccl", "one_shot", "two_shot", "ring"])
@@ -204,3 +205,19 @@ def test_ranks_compare_norms(world, monkeypatch):
 
 def test_a_failed_agreement_ends_the_group(world):
     world(2)(end_with_its_agreement)
+
+
+def test_memory_is_mapped_in_rank_order(monkeypatch):
+    """torch's symmetric memory as far as it can be had without GPUs: what is asked of it, and what is made of that."""
+    everyones = [torch.full((64,), rank, dtype=torch.uint8) for rank in range(3)]
+    handle = SimpleNamespace(
+        world_size=3, get_buffer=lambda rank, sizes, dtype: everyones[rank][: sizes[0]].view(dtype)
+    )
+    monkeypatch.setattr(symmetric_memory, "empty", torch.empty)
+    monkeypatch.setattr(symmetric_memory, "rendezvous", lambda mine, group: (group == "name") and handle)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    mine = memory.reserve(64, torch.device("cpu"))
+    assert mine.dtype == torch.uint8 and (mine == 255).all() and mine.shape == (64,)
+    mapped, keep = memory.share(mine, SimpleNamespace(group_name="name"))
+    assert [each[0].item() for each in mapped] == [0, 1, 2] and all(each.shape == (64,) for each in mapped)
+    assert keep[0] is mine and keep[1] is handle
