@@ -106,13 +106,13 @@ def barrier(group: TPGroup) -> None:
 
 def _ordered_sum(x: Tensor, group: TPGroup) -> Tensor:
     if group.size == 2 or x.numel() * x.element_size() < SCATTER_BYTES:
-        return _add_up(_gather(x, group))
+        return add_up(_gather(x, group))
     # Every rank sums one chunk of all tensors, then the chunks are joined: the same additions in the same order.
     chunk = -(-x.numel() // group.size)
     sent = _grown(x.reshape(-1), 0, chunk * group.size)
     parts = torch.empty_like(sent)
     group._exchange(_flat(parts), _flat(sent))
-    chunks = _gather(_add_up(parts.view(group.size, chunk)), group)
+    chunks = _gather(add_up(parts.view(group.size, chunk)), group)
     return chunks.view(-1)[: x.numel()].view(x.shape)
 
 
@@ -122,8 +122,8 @@ def _backend_sum(x: Tensor, group: TPGroup) -> Tensor:
     return total
 
 
-def _add_up(parts: Tensor) -> Tensor:
-    """[size, ...] -> [...], part after part: torch.sum promises no order."""
+def add_up(parts: Tensor) -> Tensor:
+    """[size, ...] -> [...], in fp32 (ACCUMULATE) and rank order: torch.sum promises no order."""
     first, *rest = parts.unbind(0)
     total = first.to(ACCUMULATE[parts.dtype], copy=True)
     for part in rest:

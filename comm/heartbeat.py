@@ -25,6 +25,7 @@ from tp_attention.comm.checks import Call
 
 PERIOD = 1.0  # seconds from beat to beat; with MISSED, a death ends the others within 10 s
 MISSED = 7
+MARGIN = 15.0  # seconds by which NCCL and our kernels are more patient than this, whose error says more
 EXIT_CODE = 1
 
 State = Literal["running", "left", "failed"]

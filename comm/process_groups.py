@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from tp_attention.comm import checks, stores
 from tp_attention.comm.group import BACKENDS, CollectiveError, TPGroup, destroy_process_group
-
-NCCL_PATIENCE = 15.0  # seconds by which NCCL's own time limit is longer: the heartbeat's error says more
+from tp_attention.comm.heartbeat import MARGIN
 
 
 def initialised() -> bool:
@@ -106,7 +105,7 @@ def make_mesh(
     rows = [("tp", list(range(first, first + tp))) for first in range(0, size, tp)]
     columns = [("dp", list(range(first, size, tp))) for first in range(tp)]
     backend = BACKENDS[device.type]
-    limit = timedelta(seconds=timeout + (NCCL_PATIENCE if backend == "nccl" else 0))
+    limit = timedelta(seconds=timeout + (MARGIN if backend == "nccl" else 0))
     for kind, ranks in rows + columns:  # every rank makes every group, in this order
         process_group, name = None, f"{kind} {ranks}"
         if len(ranks) > 1:

@@ -3,3 +3,5 @@
 kernels.py how, inbox.py the kernels' launches, sums.py which way for which size, overlap.py a projection over its sum,
 memory.py where, agreement.py whether.
 """
+
+AUTO, NCCL, ONE_SHOT, TWO_SHOT = WAYS = ("auto", "nccl", "one_shot", "two_shot")  # of summing; auto: by size

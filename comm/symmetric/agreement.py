@@ -7,6 +7,7 @@ error, while "auto" says in the log why NCCL is used instead.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import socket
@@ -19,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tp_attention.comm import stores
-from tp_attention.comm.symmetric import memory
+from tp_attention.comm.collectives import add_up
+from tp_attention.comm.heartbeat import MARGIN
+from tp_attention.comm.symmetric import AUTO, NCCL, ONE_SHOT, WAYS, memory
 from tp_attention.comm.symmetric.memory import MOST_RANKS
 
 if TYPE_CHECKING:
@@ -28,20 +31,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("tp_attention")
 
 SWITCH = "TP_ATTENTION_ALL_REDUCE"
-WAYS = ("auto", "nccl", "one_shot", "two_shot")
 TRIALS = (64, 70_002, 70_002, 6)  # values summed in the trial, so that both halves of the inboxes are used
 TRIAL_SECONDS = 60.0  # a rank may have to compile first
 LOOKS_A_SECOND = 4_000_000  # at most: so patience is never less than it should be
-MARGIN = 15.0  # seconds by which a kernel is more patient than the heartbeat, whose error says more
 MOST_LOOKS = 2**31 - 16  # what a kernel counts to, some 10 minutes at least
 
 
 def wanted() -> str:
     """The way that the environment asks for. Raises ValueError for an unknown one."""
-    way = os.environ.get(SWITCH, "") or "auto"
+    way = _asked()
     if way not in WAYS:
         raise ValueError(f"{SWITCH}={way} is none of {', '.join(WAYS)}")
     return way
+
+
+def _asked() -> str:
+    return os.environ.get(SWITCH, "") or AUTO
 
 
 def agree(
@@ -57,12 +62,13 @@ def agree(
     def exchange(key: str, text: str) -> list[str]:
         return [item.decode().strip() for item in stores.exchange(store, key, f"{text} ".encode(), rank, size, timeout)]
 
-    way = os.environ.get(SWITCH, "") or "auto"  # checked later: a rank that raised here would be waited for
-    ways, hosts, gpus = exchange("ways", way), exchange("hosts", _host()), exchange("gpus", _gpu(device))
+    # Whether the way is known is checked later: a rank that raised here would be waited for.
+    said = exchange("who", json.dumps((_asked(), _host(), _gpu(device))))
+    ways, hosts, gpus = (list(each) for each in zip(*map(json.loads, said), strict=True))
     if len(set(ways)) > 1:
         raise ValueError(f"the ranks of group {name} have {SWITCH}={', '.join(ways)}; all must have the same")
     way = wanted()
-    if way == "nccl":
+    if way == NCCL:
         return None
     obstacle = _obstacle(hosts, gpus)
     mine: Any = None
@@ -87,7 +93,7 @@ def agree(
         sums.inboxes.patience = -_looks(min(timeout, TRIAL_SECONDS))
         all_can("trial", functools.partial(_try, sums))
         sums.inboxes.patience = _looks(timeout + MARGIN)
-    if obstacle and way != "auto":
+    if obstacle and way != AUTO:
         raise RuntimeError(f"{SWITCH}={way} cannot be in group {name}: {obstacle}; unset it to use NCCL")
     if rank == 0:
         how = f"by NCCL: {obstacle}" if obstacle else f"of floats through symmetric memory, {_table(way, size)}"
@@ -117,7 +123,7 @@ def _reserved(device: torch.device, way: str) -> Tensor:
     from tp_attention.comm.symmetric.inbox import INBOX_BYTES
     from tp_attention.comm.symmetric.overlap import STAGE_BYTES
 
-    return memory.reserve(INBOX_BYTES + (0 if way == "one_shot" else STAGE_BYTES), device)
+    return memory.reserve(INBOX_BYTES + (0 if way == ONE_SHOT else STAGE_BYTES), device)
 
 
 def _shared(mine: Tensor, process_group: dist.ProcessGroup, rank: int, size: int, way: str) -> SymmetricSums:
@@ -135,22 +141,20 @@ def _try(sums: SymmetricSums) -> None:
     for turn, numel in enumerate(TRIALS):
         generators = [torch.Generator().manual_seed(100 * turn + rank) for rank in range(sums.size)]
         parts = [torch.randn(numel, generator=one).to(sums.device, torch.bfloat16) for one in generators]
-        expected = parts[0].float()
-        for part in parts[1:]:
-            expected = expected + part.float()
+        expected = add_up(torch.stack(parts))
         for kernel in (sums.inboxes.one_shot, sums.inboxes.two_shot):
             out = torch.full_like(parts[sums.rank], torch.nan)
             kernel(parts[sums.rank], out)
             if sums.inboxes.failed():
                 raise RuntimeError(f"another rank's values did not come ({kernel.__name__}, {numel} values)")
-            if not torch.equal(out, expected.to(torch.bfloat16)):
+            if not torch.equal(out, expected):
                 raise RuntimeError(f"the sum of {numel} values by {kernel.__name__} is wrong")
 
 
 def _table(way: str, size: int) -> str:
     from tp_attention.comm.symmetric.sums import ONE_SHOT_BYTES
 
-    if way != "auto":
+    if way != AUTO:
         return f"{way} because of {SWITCH}"
     most = ONE_SHOT_BYTES[size]
     return f"one shot{'' if most is None else f' up to {most >> 10} KiB, then two'} as the table says for {size} GPUs"

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from tp_attention.comm.norm import Norm
 from tp_attention.comm.symmetric.kernels import add_kernel, one_shot_kernel, two_shot_kernel
 from tp_attention.comm.symmetric.memory import MOST_RANKS
 from tp_attention.kernels import configs
+from tp_attention.kernels.gemm import DTYPES
 from tp_attention.kernels.launch import launch
+from tp_attention.kernels.skinny_gemm import NORMS
 
 INBOX_BYTES = 64 << 20  # of every rank; longer tensors go through it piece by piece
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-NORMS = {None: 0, "rmsnorm": 1, "layernorm": 2}  # the kernel's constexpr NORM
 MOST_ROWS = 65535  # that a grid's second dimension holds
 MOST_NORM_WORDS = 16384  # of a row, from every rank, that one program holds in its registers
 WORD = 4  # bytes, as in kernels.py
@@ -105,23 +104,22 @@ class Inboxes:
             config = config or PROGRAM
             block, warps, slices = config.nbytes // WORD, config.warps, 1
         source, rest, normed_words = x if splits else _words(x), _words(residual), _words(normed)
+        rows = _words(bias), *((_words(norm.weight), _words(norm.bias)) if norm else (None, None))
+        constexprs = dict(
+            RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size), SPLITS=splits,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=NORMS[norm.kind if norm else None],
+            HAS_NORM_WEIGHT=rows[1] is not None, HAS_NORM_BIAS=rows[2] is not None, SLICES=slices,
+        )  # fmt: skip
         for start in range(0, words, step):
             count = min(step, words - start)
             part = slice(start, start + count)
             args = (
-                source if splits else source[part], _words(bias), None if rest is None else rest[part],
-                _words(norm.weight) if norm else None, _words(norm.bias) if norm else None,
+                source if splits else source[part], rows[0], None if rest is None else rest[part], *rows[1:],
                 target[part], None if normed_words is None else normed_words[part],
-                self._state, *self._inboxes, count, row, self._half, -(-count // ALIGNMENT) * ALIGNMENT,
+                self._state, *self._inboxes, count, row, self._half, _aligned(count),
                 norm.eps if norm else 0.0, self.patience,
             )  # fmt: skip
-            constexprs = dict(
-                RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size), SPLITS=splits,
-                HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=NORMS[norm.kind if norm else None],
-                HAS_NORM_WEIGHT=norm is not None and norm.weight is not None,
-                HAS_NORM_BIAS=norm is not None and norm.bias is not None, SLICES=slices,
-            )  # fmt: skip
-            grid = (slices, count // row) if norm is not None else (-(-count // block), 1)
+            grid = (slices, count // row) if norm is not None else (triton.cdiv(count, block), 1)
             self._launch(one_shot_kernel, grid, args, constexprs, out.dtype, block, warps)
 
     def two_shot(self, x: Tensor, out: Tensor, *, config: Config | None = None) -> None:
@@ -135,13 +133,14 @@ class Inboxes:
             )
         config = config or PROGRAM
         block = config.nbytes // WORD
+        constexprs = dict(RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size))
         for start in range(0, words, most):
             count = min(most, words - start)
             part = slice(start, start + count)
-            chunk = -(-count // (self.size * ALIGNMENT)) * ALIGNMENT
+            chunk = _aligned(triton.cdiv(count, self.size))
             args = source[part], target[part], self._state, *self._inboxes, count, self._half, chunk, self.patience
-            constexprs = dict(RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size))
-            self._launch(two_shot_kernel, (-(-chunk // block), 1), args, constexprs, x.dtype, block, config.warps)
+            grid = triton.cdiv(chunk, block), 1
+            self._launch(two_shot_kernel, grid, args, constexprs, x.dtype, block, config.warps)
 
     def add(self, own: Tensor, parts: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
         """own [rows, columns] <- the sum with parts, + bias + residual, once every rank's stream has come here.
@@ -154,7 +153,7 @@ class Inboxes:
         args = (
             _words(own), parts.view(torch.int32), _words(bias), _words(residual), _words(own),
             self._state, *self._inboxes, words, parts.stride(0) * own.element_size() // WORD, row, self._half,
-            triton.cdiv(programs, ALIGNMENT) * ALIGNMENT, self.patience,
+            _aligned(programs), self.patience,
         )  # fmt: skip
         constexprs = dict(
             RANK=self.rank, WORLD=self.size, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None
@@ -172,7 +171,7 @@ class Inboxes:
         warps: int,
     ) -> None:
         pdl = configs.architecture(self.device) == 90
-        constexprs |= dict(PDL=pdl, TRAP=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
+        constexprs = constexprs | dict(PDL=pdl, TRAP=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
         options = {"launch_pdl": True} if pdl else {}
         launch(kernel, grid, self.device, args, constexprs, num_warps=warps, **options)
 
@@ -180,6 +179,10 @@ class Inboxes:
 def in_words(x: Tensor) -> bool:
     """Whether the kernels can read x as it lies: contiguous, of whole words, at a multiple of their size."""
     return x.is_contiguous() and x.data_ptr() % WORD == 0 and x.numel() * x.element_size() % WORD == 0
+
+
+def _aligned(words: int) -> int:
+    return triton.cdiv(words, ALIGNMENT) * ALIGNMENT
 
 
 def _words(x: Any) -> Any:  # Tensor | None

@@ -47,6 +47,23 @@ def _words(b_values, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _begin(p_state, half, PDL: tl.constexpr):
+    """After all that this stream did before: the call's number, and where its half of an inbox begins."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    turn = tl.load(p_state, volatile=True)
+    return turn, (turn & 1) * tl.cast(half, tl.int64)
+
+
+@triton.jit
+def _send_round(inboxes, o, segment, b_words, m, RANK: tl.constexpr, WORLD: tl.constexpr):
+    """To every other rank."""
+    for i in tl.static_range(1, WORLD):
+        _send(inboxes, o, segment, b_words, m, RANK, (RANK + i) % WORLD)
+
+
+@triton.jit
 def _send(inboxes, o, segment, b_words, m, RANK: tl.constexpr, TO: tl.constexpr):
     """To rank TO, whose inbox has a segment for each other rank. What looks EMPTY, NaNs, is sent as other NaNs."""
     PLACE: tl.constexpr = RANK - (RANK > TO)
@@ -163,18 +180,13 @@ def one_shot_kernel(
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
     start = tl.program_id(1 if NORM else 0).to(tl.int64) * (row if NORM else BLOCK)
     end = start + row if NORM else words
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    turn = tl.load(p_state, volatile=True)
-    inbox = (turn & 1) * tl.cast(half, tl.int64)
+    turn, inbox = _begin(p_state, half, PDL)
     segment = tl.cast(segment, tl.int64)
     PART: tl.constexpr = BLOCK // SLICES
     first = start + (tl.program_id(0) * PART if NORM else 0)
     b_own = _own(p_x, first, end, words, SPLITS, DTYPE, PART)
     o_sent = first + tl.arange(0, PART)
-    for i in tl.static_range(1, WORLD):
-        _send(inboxes, inbox + o_sent, segment, b_own, o_sent < end, RANK, (RANK + i) % WORLD)
+    _send_round(inboxes, inbox + o_sent, segment, b_own, o_sent < end, RANK, WORLD)
     _count(p_state, turn)
     if SLICES > 1:
         if tl.program_id(0) > 0:
@@ -239,11 +251,7 @@ def two_shot_kernel(
     """
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    turn = tl.load(p_state, volatile=True)
-    inbox = (turn & 1) * tl.cast(half, tl.int64)
+    turn, inbox = _begin(p_state, half, PDL)
     chunk = tl.cast(chunk, tl.int64)
     sums = inbox + (WORLD - 1) * chunk
     for i in tl.static_range(1, WORLD):
@@ -256,8 +264,7 @@ def two_shot_kernel(
 
     b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
     b_words = _words(b_sum, DTYPE)
-    for i in tl.static_range(1, WORLD):
-        _send(inboxes, sums + o, chunk, b_words, m, RANK, (RANK + i) % WORLD)
+    _send_round(inboxes, sums + o, chunk, b_words, m, RANK, WORLD)
     tl.store(p_out + RANK * chunk + o, b_words, mask=m)
 
     o_rank = tl.arange(0, RANKS)[:, None]
@@ -298,13 +305,8 @@ def add_kernel(
     """
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
     i_word = tl.program_id(0) + tl.arange(0, 1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    turn = tl.load(p_state, volatile=True)
-    inbox = (turn & 1) * tl.cast(half, tl.int64)
-    for i in tl.static_range(1, WORLD):
-        _send(inboxes, inbox + i_word, segment, tl.zeros((1,), tl.int32), i_word >= 0, RANK, (RANK + i) % WORLD)
+    turn, inbox = _begin(p_state, half, PDL)
+    _send_round(inboxes, inbox + i_word, segment, tl.zeros((1,), tl.int32), i_word >= 0, RANK, WORLD)
     _count(p_state, turn)
     for i in tl.static_range(0, WORLD - 1):
         _received(inboxes[RANK] + inbox + i * segment + i_word, i_word >= 0, p_state, patience, TRAP)

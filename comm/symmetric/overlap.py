@@ -5,8 +5,8 @@ copy engines, which take no SM, bring each chunk to its owner; then its own rows
 the copy engines bring the sums to the others. Over a link go 2 (size - 1) / size times the result, as little as an
 all-reduce can do with, and all but the last chunk of it under the products.
 
-Barriers are one-word sums on the stream of the products. What comes lies in a stage, by who sent it: parts of this
-rank's rows first, then the others' sums.
+Ranks meet in one-word sums, and in the addition, on the stream of the products. What comes lies in a stage, by who sent
+it: parts of this rank's rows first, then the others' sums.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ OVERLAP_BYTES = 32 << 20  # of the result, from where on this is worth its barri
 CHUNKS = 4  # at most, of each rank's rows: more of them hide more, and cost a barrier each
 
 
+Multiply = Callable[[Tensor, Tensor], None]
+
+
 class Overlap:
     """stages: every rank's, uint8, in rank order."""
 
@@ -42,31 +45,20 @@ class Overlap:
         large = rows * columns * itemsize >= OVERLAP_BYTES and rows >= self.size * self._wave(columns)
         return large and bool(self._stages)
 
-    def project(
-        self, multiply: Callable[[slice, Tensor], None], out: Tensor, bias: Tensor | None, residual: Tensor | None
-    ) -> None:
-        """out [rows, columns] <- sum over the ranks of what multiply(rows, out[rows]) makes, + bias + residual."""
+    def project(self, multiply: Multiply, x: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+        """out [rows, columns] <- sum over the ranks of what multiply(x, out) makes of rows of x, + bias + residual."""
         rows, columns = out.shape
         most = self._stages[0].numel() // (2 * (self.size - 1) * columns * out.element_size()) * self.size
+        side = _Side(self._side)
         for start in range(0, rows, most):
-            part = slice(start, min(start + most, rows))
-
-            def inside(rows: slice, to: Tensor, start: int = start) -> None:
-                multiply(_shifted(rows, start), to)
-
-            side = _Side(self._side)
+            part = slice(start, start + most)
             try:
-                self._piece(side, inside, out[part], bias, None if residual is None else residual[part])
-            finally:  # whoever gets out's memory next is not to meet a copy that still reads it
+                self._piece(side, multiply, x[part], out[part], bias, None if residual is None else residual[part])
+            finally:  # neither the next piece nor whoever gets out's memory is to meet a copy that still reads
                 side.main_waits_for(side.mark())
 
     def _piece(
-        self,
-        side: _Side,
-        multiply: Callable[[slice, Tensor], None],
-        out: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
+        self, side: _Side, multiply: Multiply, x: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> None:
         rows, columns = out.shape
         owned = triton.cdiv(rows, self.size)
@@ -77,62 +69,53 @@ class Overlap:
             for stage in self._stages
         ]
 
-        def inside(i: int) -> slice:
-            """Chunk i among a rank's rows."""
-            return slice(ends[i], ends[i + 1])
-
         def of(owner: int, i: int) -> slice:
-            """Chunk i of a rank's rows, among all."""
-            return _shifted(inside(i), owner * owned, rows)
+            """Chunk i of a rank's rows."""
+            return slice(*(min(owner * owned + end, rows) for end in (ends[i], ends[i + 1])))
+
+        def staged(at: int, kind: int, other: int, i: int, many: int) -> Tensor:
+            """On rank `at`, of chunk i so many rows: 0 parts that `other` has of at's rows, 1 other's sums."""
+            return stages[at][kind, other - (other > at), ends[i] :][:many]
 
         def send(to: int, kind: int, i: int, part: slice) -> None:
-            """Rows of out to another rank's stage: 0 parts of its rows, 1 sums of ours."""
-            place = self.rank - (self.rank > to)
-            stages[to][kind, place, inside(i)][: part.stop - part.start].copy_(out[part])
+            staged(to, kind, self.rank, i, part.stop - part.start).copy_(out[part])
+
+        def take(i: int) -> None:
+            """Sums of chunk i that have come, to where they belong."""
+            for owner in others:
+                target = out[of(owner, i)]
+                target.copy_(staged(self.rank, 1, owner, i, target.shape[0]))
 
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self.barrier()  # nobody reads any more what came the last time
         sent: list[Any] = [None] * count
         for owner in others:
             for i in range(count):
-                multiply(of(owner, i), out[of(owner, i)])
+                theirs = of(owner, i)
+                multiply(x[theirs], out[theirs])
                 with side.after_main():
-                    send(owner, 0, i, of(owner, i))
+                    send(owner, 0, i, theirs)
                 sent[i] = side.mark()
         told: list[Any] = []
         for i in range(count):
             mine = of(self.rank, i)
-            multiply(mine, out[mine])
+            multiply(x[mine], out[mine])
             side.main_waits_for(sent[i])
             if i > 1:
                 side.main_waits_for(told[i - 2])
             # every rank comes here: parts of chunk i are here, and sums of chunk i - 2
-            rest = None if residual is None else residual[mine]
-            self.inboxes.add(out[mine], stages[self.rank][0, :, inside(i)], bias, rest)
+            parts = stages[self.rank][0, :, ends[i] : ends[i + 1]]
+            self.inboxes.add(out[mine], parts, bias, None if residual is None else residual[mine])
             with side.after_main():
                 for reader in others:
                     send(reader, 1, i, mine)
                 told.append(side.mark())
                 if i > 1:
-                    self._take(out, stages[self.rank][1], others, of, inside, i - 2)
+                    take(i - 2)
         side.main_waits_for(told[-1])
         self.barrier()
         for i in range(max(0, count - 2), count):
-            self._take(out, stages[self.rank][1], others, of, inside, i)
-
-    def _take(
-        self,
-        out: Tensor,
-        sums: Tensor,
-        others: list[int],
-        of: Callable[[int, int], slice],
-        inside: Callable[[int], slice],
-        i: int,
-    ) -> None:
-        """Sums of chunk i that have come, to where they belong."""
-        for owner in others:
-            target = out[of(owner, i)]
-            target.copy_(sums[owner - (owner > self.rank), inside(i)][: target.shape[0]])
+            take(i)
 
     def barrier(self) -> None:
         """Whatever comes after it on this stream runs after what was before it on every rank's."""
@@ -173,9 +156,3 @@ class _Side:
     def main_waits_for(self, event: torch.cuda.Event | None) -> None:
         if self.stream is not None and event is not None:
             torch.cuda.current_stream(self.stream.device).wait_event(event)
-
-
-def _shifted(part: slice, start: int, end: int | None = None) -> slice:
-    """part, `start` further on and not beyond `end`."""
-    first, last = part.start + start, part.stop + start
-    return slice(first, last) if end is None else slice(min(first, end), min(last, end))

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tp_attention.comm.norm import Norm
+from tp_attention.comm.symmetric import AUTO, ONE_SHOT, TWO_SHOT
 from tp_attention.comm.symmetric.inbox import DTYPES, WORD, Inboxes, in_words
 from tp_attention.comm.symmetric.overlap import Overlap
 from tp_attention.kernels import replay
 from tp_attention.kernels.gemm import gemm
 from tp_attention.kernels.skinny_gemm import MAX_ROWS, partial_sums
-
-AUTO, ONE_SHOT, TWO_SHOT = "auto", "one_shot", "two_shot"
 
 # Up to how many bytes everyone sends all of x to everyone, by the number of ranks; two shots move fewer beyond. Of two
 # ranks measured on H200s (benchmarks/all_reduce.csv): one shot is the faster or within 1% at every size. Of more it is
@@ -77,7 +75,8 @@ class SymmetricSums:
             return self._again(self._sum, x, out, way)
         # an odd number of halves, a view that begins at an odd one, or one that is not contiguous
         numel = x.numel()
-        padded = F.pad(x.reshape(-1), (0, -numel % (WORD // x.element_size()))).clone()
+        padded = x.new_zeros(numel + -numel % (WORD // x.element_size()))
+        padded[:numel].view(x.shape).copy_(x)
         total = self._sum_in_place(padded, way)[:numel].view(x.shape)
         return total if out is None else out.copy_(total)
 
@@ -114,14 +113,14 @@ class SymmetricSums:
             return None
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
 
-        def multiply(part: slice, to: Tensor) -> None:
-            if x.shape[1] and to.numel():
-                gemm(x[part], weight, weight_scale=weight_scale, transposed=transposed, out=to)
-            else:  # a rank that holds no columns
+        def multiply(rows: Tensor, to: Tensor) -> None:
+            if rows.numel():
+                gemm(rows, weight, weight_scale=weight_scale, transposed=transposed, out=to)
+            else:  # none, or a rank that holds no columns
                 to.zero_()
 
         self._follow()
-        self.overlap.project(multiply, out, bias, residual)
+        self.overlap.project(multiply, x, out, bias, residual)
         return out, None
 
     def _sum(self, x: Tensor, out: Tensor | None, way: str) -> Tensor:

@@ -10,7 +10,6 @@ import functools
 import inspect
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,11 +97,3 @@ def draw(rank, turn, shape, dtype, most=32):
     if dtype == BF16:
         return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
     return torch.randn(shape, generator=generator).to(dtype)
-
-
-def ordered_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In fp32, first to last, rounded once."""
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)

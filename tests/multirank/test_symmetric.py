@@ -24,9 +24,9 @@ from tests.multirank.symmetric_ranks import (
     calls_of,
     draw,
     make_inboxes,
-    ordered_sum,
     symmetric,
 )
+from tests.multirank.test_collectives import sum_in_rank_order
 from tp_attention.comm.symmetric import inbox, overlap
 from tp_attention.comm.symmetric.inbox import Inboxes, in_words
 from tp_attention.comm.symmetric.sums import ONE_SHOT_BYTES, SymmetricSums
@@ -45,7 +45,7 @@ def check_one(inboxes, turn, way, numel, dtype, in_place=False):
     x = parts[inboxes.rank].clone()
     out = x if in_place else torch.full_like(x, torch.nan)
     getattr(inboxes, way)(x, out, config=(SMALL, WIDE)[turn % 2])
-    assert torch.equal(out, ordered_sum(parts)), (turn, way, numel, dtype, in_place)
+    assert torch.equal(out, sum_in_rank_order(parts)), (turn, way, numel, dtype, in_place)
     assert in_place or torch.equal(x, parts[inboxes.rank]), "x was overwritten"
 
 
@@ -84,7 +84,7 @@ def pass_specials(world):
                 raw.view(torch.int16)[51] = -1  # half a word of bf16 or fp16 that does
         out = torch.zeros_like(parts[rank])
         getattr(inboxes, way)(parts[rank], out, config=SMALL)
-        expected = ordered_sum(parts)
+        expected = sum_in_rank_order(parts)
         there = expected.isnan()
         assert torch.equal(out.isnan(), there) and there.sum() > 1
         assert torch.equal(out.signbit()[~there], expected.signbit()[~there])  # of zeros too
@@ -109,7 +109,7 @@ def add_and_norm(world):
         parts = [draw(r, turn, (rows, columns), dtype) for r in range(size)]
         bias, residual = draw(8, turn, (columns,), dtype), draw(9, turn, (rows, columns), dtype)
         x = parts[rank].clone()
-        expected = ordered_sum(parts).float()
+        expected = sum_in_rank_order(parts).float()
         expected = expected + bias.float() if biased else expected
         expected = expected + residual.float() if added else expected
         out = x if into == "x" else residual if into == "residual" and added else torch.full_like(x, torch.nan)
@@ -137,7 +137,7 @@ def add_and_norm(world):
             residual = draw(9, turn, (rows, 35), FP32)
             x = torch.stack([parts[rank], torch.zeros(rows, 35)]) if turn % 2 else parts[rank]
             inboxes.one_shot(x, out, residual=residual, norm=Norm(kind), normed=normed)
-            assert torch.equal(out, ordered_sum(parts) + residual)
+            assert torch.equal(out, sum_in_rank_order(parts) + residual)
             assert_close(normed, reference.norm(out, None, None, kind))
     assert_empty(inboxes)
 
@@ -167,7 +167,7 @@ def add_partial_sums(world):
         bias = draw(9, turn, shape[1:], dtype)
         norm, normed = (Norm("rmsnorm"), torch.full_like(out, torch.nan)) if turn >= 3 else (None, None)
         inboxes.one_shot(x, out, bias=bias, norm=norm, normed=normed, config=SMALL)
-        assert torch.equal(out, (ordered_sum(parts).float() + bias.float()).to(dtype))
+        assert torch.equal(out, (sum_in_rank_order(parts).float() + bias.float()).to(dtype))
         assert normed is None or assert_close(normed, reference.norm(out, None)) >= 0
     assert_empty(inboxes)
     with pytest.raises(ValueError, match=r"4000 bytes must .* room for 2048" if size == 2 else "must go at once"):
@@ -230,7 +230,7 @@ def fit_every_tensor(world):
         for turn, (numel, dtype) in enumerate(itertools.product((1, 3, 1001, 2500), DTYPES)):
             sums.way = ("auto", *WAYS)[turn % 3]
             parts = [draw(r, turn, (numel,), dtype) for r in every]
-            x, expected = parts[rank].clone(), ordered_sum(parts)
+            x, expected = parts[rank].clone(), sum_in_rank_order(parts)
             total = all_reduce(x, group)
             assert torch.equal(total, expected) and total.dtype == dtype and torch.equal(x, parts[rank])
             out = torch.full_like(x, torch.nan)
@@ -242,7 +242,7 @@ def fit_every_tensor(world):
             assert all_reduce(x, group, out=x) is x and torch.equal(x, expected)
         for dtype in DTYPES:
             parts = [draw(r, 50, (6, 7), dtype) for r in every]
-            expected = ordered_sum(parts)
+            expected = sum_in_rank_order(parts)
             columns = parts[rank].T.contiguous().T
             assert not in_words(columns)
             assert torch.equal(all_reduce(columns, group), expected)

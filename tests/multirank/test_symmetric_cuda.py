@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from tests.multirank.test_collectives import sum_in_rank_order
 from tests.tolerances import assert_close
 from tp_attention import launch
 from tp_attention.comm import Norm, all_reduce, linear_all_reduce
@@ -30,13 +31,6 @@ def draw(rank, turn, size, dtype, device):
     return torch.randn(size, generator=generator, device=device).to(dtype)
 
 
-def rank_order_sum(parts):
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
-
-
 def sums_everything(world):
     group = world.tp
     assert group.symmetric is not None
@@ -46,7 +40,7 @@ def sums_everything(world):
             itertools.product((torch.bfloat16, torch.float16, torch.float32), (*SIZES, 40_000_001))
         ):
             parts = [draw(rank, turn, size, dtype, group.device) for rank in range(group.size)]
-            mine, expected = parts[group.rank], rank_order_sum(parts)
+            mine, expected = parts[group.rank], sum_in_rank_order(parts)
             out = torch.full_like(mine, torch.nan)
             assert all_reduce(mine, group, out=out) is out
             assert torch.equal(out, expected), (way, dtype, size)
@@ -91,7 +85,7 @@ def replayed(world):
         [[draw(rank, turn, size, dtype, device) for rank in range(group.size)] for size in sizes]
         for turn in range(count)
     ]
-    expected = [[rank_order_sum(parts) for parts in every] for every in draws]
+    expected = [[sum_in_rank_order(parts) for parts in every] for every in draws]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     for turn in range(REPLAYS):
         which = (turn * 7) % count
@@ -125,7 +119,7 @@ def interleaved(world):
             size = SIZES[turn % len(SIZES)]
             for group in (world.tp, other.tp) if turn % 3 else (other.tp, world.tp):
                 parts = [draw(rank, turn, size, torch.float16, group.device) for rank in range(group.size)]
-                assert torch.equal(all_reduce(parts[group.rank], group), rank_order_sum(parts))
+                assert torch.equal(all_reduce(parts[group.rank], group), sum_in_rank_order(parts))
         assert other.tp.symmetric is not world.tp.symmetric
 
 
@@ -146,7 +140,7 @@ def streams(world):
             torch.cuda._sleep(200_000 * (turn % 2))
             results.append(all_reduce(parts[group.rank], group))
     torch.cuda.synchronize()
-    assert all(torch.equal(got, rank_order_sum(parts)) for got, parts in zip(results, draws, strict=True))
+    assert all(torch.equal(got, sum_in_rank_order(parts)) for got, parts in zip(results, draws, strict=True))
 
 
 def test_streams(world):

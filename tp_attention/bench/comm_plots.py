@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tp_attention.bench.comm_peers import GEMM
-from tp_attention.bench.plots import OUR_COLOUR, PEER_COLOURS
+from tp_attention.bench.plots import OUR_COLOUR, PEER_COLOURS, grouped
 from tp_attention.bench.results import OURS
 
 Row = Mapping[str, Any]
@@ -71,11 +71,7 @@ def bars(name: str, rows: Sequence[Row], path: Path) -> Path:
     shapes, colours = list(dict.fromkeys(row["row"] for row in rows)), _colours(rows)
     figure, (axes,) = canvas(_title(name, rows), max(9.0, 1.1 * len(shapes) + 3))
     times = {(row["row"], row["who"]): row["us"] for row in rows if row["us"] != ""}
-    width = 0.84 / max(1, len(colours))
-    for i, (who, colour) in enumerate(colours.items()):
-        at = [j for j, shape in enumerate(shapes) if (shape, who) in times]
-        left = [j + (i - (len(colours) - 1) / 2) * width for j in at]
-        axes.bar(left, [times[shapes[j], who] for j in at], width, label=who, color=colour)
+    grouped(axes, shapes, colours, times)
     limits = {row["row"]: row["limit_us"] for row in rows if row["limit_us"] != ""}
     for j, shape in enumerate(shapes):
         if shape in limits:

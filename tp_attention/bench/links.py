@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from tp_attention.bench import comm_plots, plots
@@ -88,12 +89,8 @@ def fit(times: Times) -> Line:
     """The line of least squared relative error. ValueError for fewer than two sizes."""
     if len(times) < 2:
         raise ValueError(f"a line needs two sizes or more, not {len(times)}")
-    # alpha and beta of the least Σ ((alpha + beta S) / t − 1)², from its two normal equations
-    ones, sizes = [1 / t for t in times.values()], [nbytes / t for nbytes, t in times.items()]
-    oo, os, ss = _dot(ones, ones), _dot(ones, sizes), _dot(sizes, sizes)
-    determinant = oo * ss - os * os
-    alpha = (sum(ones) * ss - sum(sizes) * os) / determinant
-    return Line(alpha, (sum(sizes) * oo - sum(ones) * os) / determinant)
+    beta, alpha = np.polyfit([*times], [*times.values()], 1, w=[1 / t for t in times.values()])
+    return Line(float(alpha), float(beta))
 
 
 def model(
@@ -186,10 +183,6 @@ def _ways(rows: Sequence[Mapping[str, str]]) -> tuple[dict[int, float], dict[int
 
 def _times(rows: Iterable[Mapping[str, str]], who: Sequence[str]) -> dict[int, float]:
     return {int(row["bytes"]): float(row["us"]) for row in rows if row["who"] in who and row["us"]}
-
-
-def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 if __name__ == "__main__":

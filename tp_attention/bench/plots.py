@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tp_attention.bench.results import OURS, KernelRow, read
 
@@ -55,12 +56,8 @@ def _bars(benchmark: str, unit: str, rows: Sequence[KernelRow], path: Path) -> N
     figure = Figure(figsize=(max(7.0, 1.3 * len(shapes) + 2), 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    width = 0.84 / len(who)
-    for i, name in enumerate(who):
-        at = [j + (i - (len(who) - 1) / 2) * width for j, shape in enumerate(shapes) if (shape, name) in rate]
-        heights = [rate[shape, name] for shape in shapes if (shape, name) in rate]
-        colour = OUR_COLOUR if name == OURS else PEER_COLOURS[(i - 1) % len(PEER_COLOURS)]
-        axes.bar(at, heights, width, label=name, color=colour)
+    colours = [OUR_COLOUR if name == OURS else PEER_COLOURS[(i - 1) % len(PEER_COLOURS)] for i, name in enumerate(who)]
+    grouped(axes, shapes, dict(zip(who, colours, strict=True)), rate)
     if ceiling := next((row.ceiling for row in rows if row.ceiling), None):
         what = "matmul" if unit == "TFLOP/s" else "device copy"
         axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label=f"{what}: {ceiling:.4g} {unit}")
@@ -74,6 +71,17 @@ def _bars(benchmark: str, unit: str, rows: Sequence[KernelRow], path: Path) -> N
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.savefig(path, dpi=130)
+
+
+def grouped(
+    axes: Any, shapes: Sequence[str], colours: Mapping[str, str], heights: Mapping[tuple[str, str], float]
+) -> None:
+    """Bars of heights[shape, name], a group for each shape, in it a bar for each name of colours that has one."""
+    width = 0.84 / max(1, len(colours))
+    for i, (name, colour) in enumerate(colours.items()):
+        at = [j for j, shape in enumerate(shapes) if (shape, name) in heights]
+        left = [j + (i - (len(colours) - 1) / 2) * width for j in at]
+        axes.bar(left, [heights[shapes[j], name] for j in at], width, label=name, color=colour)
 
 
 if __name__ == "__main__":

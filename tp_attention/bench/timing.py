@@ -200,18 +200,18 @@ def _times(replays: Sequence[Call], device: torch.device, group: TPGroup | None 
             clock.append(time.perf_counter())
         return [(end - start) * 1e3 for start, end in itertools.pairwise(clock)]
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in replays] for _ in range(2))
-    alone = group is None or group.size == 1
-    word = None if group is None or alone else torch.zeros(1, device=device)
+    group = None if group is None or group.size == 1 else group
+    word = None if group is None else torch.zeros(1, device=device)
     replays[0]()  # keeps the GPU busy while the first event and replay are queued
     for replay, start, end in zip(replays, starts, ends, strict=True):
-        if word is not None and group is not None:
+        if group is not None and word is not None:
             comm.all_reduce(word, group, out=word)  # on the stream, no wait here
         start.record()
         replay()
         end.record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
-    if group is None or alone:
+    if group is None:
         return times
     everyones = comm.all_gather(torch.tensor([times], device=device), group, dim=0, sizes=[1] * group.size)
     return everyones.amax(0).tolist()

@@ -77,7 +77,7 @@ CONFIGS = {
 }
 MIN_STEPS = 4  # of the loop over K in a block: fewer do not fill its pipeline
 MAX_SPLITS = 32
-QK_NORMS = {None: 0, "rmsnorm": 1, "layernorm": 2}  # the kernel's constexpr QK_NORM
+NORMS = {None: 0, "rmsnorm": 1, "layernorm": 2}  # a kernel's constexpr QK_NORM or NORM
 MERGE_COLUMNS = 512  # a program of the second kernel makes about so many columns of one row
 
 
@@ -462,7 +462,7 @@ def _merge(
         1 if cos is None else cos.shape[0],
     )  # fmt: skip
     constexprs = dict(
-        SPLITS=splits, RMS=rms_eps is not None, QK_NORM=QK_NORMS[heads.qk_norm],
+        SPLITS=splits, RMS=rms_eps is not None, QK_NORM=NORMS[heads.qk_norm],
         PAIRS=0 if cos is None else cos.shape[1], INTERLEAVED=heads.interleaved, HAS_BIAS=bias is not None,
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None, PDL=pdl,
         D=heads.head_dim, BLOCK_D=block_d, HEADS=per_program, BLOCK_K=1024,
