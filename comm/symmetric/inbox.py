@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from tp_attention.comm.norm import Norm
-from tp_attention.comm.symmetric.kernels import add_kernel, one_shot_kernel, two_shot_kernel
+from tp_attention.comm.symmetric.kernels import one_shot_kernel, two_shot_kernel
 from tp_attention.comm.symmetric.memory import MOST_RANKS
 from tp_attention.kernels import configs
 from tp_attention.kernels.gemm import DTYPES
@@ -20,10 +20,10 @@ from tp_attention.kernels.skinny_gemm import NORMS
 
 INBOX_BYTES = 64 << 20  # of every rank; longer tensors go through it piece by piece
 MOST_ROWS = 65535  # that a grid's second dimension holds
-MOST_NORM_WORDS = 16384  # of a row, from every rank, that one program holds in its registers
+MOST_NORM_WORDS = 16384  # of a row or a cluster's part of it, from every rank, that a program holds in its registers
 WORD = 4  # bytes, as in kernels.py
-SLICE_BYTES = 2048  # of a row that one program sends where another makes the norm
-ADD_BYTES, ADD_WARPS = 16384, 8  # of the sum, that a program of add_kernel makes
+CLUSTER = 8  # programs of a Hopper GPU at most that make a row's norm together
+PART, FEW = 512, 65536  # words of a row that one of these has; half as many where x has at most so few words
 ALIGNMENT = 64  # words: where a sender's part of an inbox may begin
 
 
@@ -35,6 +35,7 @@ class Config:
     warps: int
 
 
+WORDS_OF_A_WARP = 128  # with fewer, several warps would hold the same, or load less than 16 bytes a thread
 PROGRAM = Config(2048, 4)  # the best, or within 2% of it, at every size and of both kernels
 
 
@@ -62,8 +63,8 @@ class Inboxes:
 
     def holds(self, columns: int, itemsize: int) -> bool:
         """Whether a program that norms a row of so many columns has registers for it."""
-        block = triton.next_power_of_2(columns * itemsize // WORD)
-        return block * triton.next_power_of_2(self.size) <= MOST_NORM_WORDS
+        row = columns * itemsize // WORD
+        return self._parts(row, row)[1] * triton.next_power_of_2(self.size) <= MOST_NORM_WORDS
 
     def failed(self) -> bool:
         """Whether a rank was waited for in vain. Waits for the GPU."""
@@ -94,21 +95,19 @@ class Inboxes:
         if whole > most:
             raise ValueError(f"{whole * WORD} bytes must go at once and an inbox has room for {self.room}")
         step = most // row * row if norm is not None or bias is not None else most  # pieces are whole rows
-        if norm is not None:  # a program holds a row
+        if norm is not None:
             step = min(step, MOST_ROWS * row)
-            block = triton.next_power_of_2(row)
-            # fewer for short rows: of a block smaller than the program several warps hold the same word
-            warps = config.warps if config else max(1, min(8, block // 32)) if block < 4096 else 16
-            slices = 1 if x.data_ptr() == out.data_ptr() else max(1, block * WORD // SLICE_BYTES)
+            cluster, block = self._parts(row, words)
+            warps = config.warps if config else max(1, min(16, block // WORDS_OF_A_WARP))
         else:
             config = config or PROGRAM
-            block, warps, slices = config.nbytes // WORD, config.warps, 1
+            cluster, block, warps = 1, config.nbytes // WORD, config.warps
         source, rest, normed_words = x if splits else _words(x), _words(residual), _words(normed)
         rows = _words(bias), *((_words(norm.weight), _words(norm.bias)) if norm else (None, None))
         constexprs = dict(
             RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size), SPLITS=splits,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=NORMS[norm.kind if norm else None],
-            HAS_NORM_WEIGHT=rows[1] is not None, HAS_NORM_BIAS=rows[2] is not None, SLICES=slices,
+            HAS_NORM_WEIGHT=rows[1] is not None, HAS_NORM_BIAS=rows[2] is not None, CLUSTER=cluster,
         )  # fmt: skip
         for start in range(0, words, step):
             count = min(step, words - start)
@@ -119,8 +118,8 @@ class Inboxes:
                 self._state, *self._inboxes, count, row, self._half, _aligned(count),
                 norm.eps if norm else 0.0, self.patience,
             )  # fmt: skip
-            grid = (slices, count // row) if norm is not None else (triton.cdiv(count, block), 1)
-            self._launch(one_shot_kernel, grid, args, constexprs, out.dtype, block, warps)
+            grid = (cluster, count // row) if norm is not None else (triton.cdiv(count, block), 1)
+            self._launch(one_shot_kernel, grid, args, constexprs, out.dtype, block, warps, cluster)
 
     def two_shot(self, x: Tensor, out: Tensor, *, config: Config | None = None) -> None:
         """out <- sum of x over the ranks: tensors of one shape and dtype. out may be x."""
@@ -142,23 +141,12 @@ class Inboxes:
             grid = triton.cdiv(chunk, block), 1
             self._launch(two_shot_kernel, grid, args, constexprs, x.dtype, block, config.warps)
 
-    def add(self, own: Tensor, parts: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-        """own [rows, columns] <- the sum with parts, + bias + residual, once every rank's stream has come here.
-
-        parts [size - 1, rows or more, columns]: the other ranks' in rank order, of any stride in the first dimension.
-        Its shape is the same on every rank, while a rank may have fewer rows to add, or none.
-        """
-        words, row = own.numel() * own.element_size() // WORD, own.shape[1] * own.element_size() // WORD
-        programs = triton.cdiv(parts[0].numel() * own.element_size(), ADD_BYTES)
-        args = (
-            _words(own), parts.view(torch.int32), _words(bias), _words(residual), _words(own),
-            self._state, *self._inboxes, words, parts.stride(0) * own.element_size() // WORD, row, self._half,
-            _aligned(programs), self.patience,
-        )  # fmt: skip
-        constexprs = dict(
-            RANK=self.rank, WORLD=self.size, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None
-        )  # fmt: skip
-        self._launch(add_kernel, (programs, 1), args, constexprs, own.dtype, ADD_BYTES // WORD, ADD_WARPS)
+    def _parts(self, row: int, words: int) -> tuple[int, int]:
+        """How many programs share a row to norm, and how many words of it each has, of a tensor of so many."""
+        most = CLUSTER if configs.architecture(self.device) == 90 else 1
+        part = PART if words > FEW else PART // 2
+        programs = min(most, triton.next_power_of_2(triton.cdiv(row, part)))
+        return programs, triton.next_power_of_2(triton.cdiv(row, programs))
 
     def _launch(
         self,
@@ -169,11 +157,12 @@ class Inboxes:
         dtype: torch.dtype,
         block: int,
         warps: int,
+        cluster: int = 1,
     ) -> None:
         pdl = configs.architecture(self.device) == 90
         constexprs = constexprs | dict(PDL=pdl, TRAP=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
         options = {"launch_pdl": True} if pdl else {}
-        launch(kernel, grid, self.device, args, constexprs, num_warps=warps, **options)
+        launch(kernel, grid, self.device, args, constexprs, cluster=cluster, num_warps=warps, **options)
 
 
 def in_words(x: Tensor) -> bool:

@@ -10,8 +10,9 @@ The inbox has two halves, used in turns. A half may be written again two calls l
 than its owner has emptied it: a rank ends call n + 1 only with this rank's values of n + 1, which it sends after its
 call n is over. The turn is counted on the device, so that a captured graph may be replayed.
 
-A program waits only for programs of the same index on other ranks, or next to it, which send before they wait: as long
-as a GPU holds two of them, the first ones that are not done can go on. Sums are fp32, in rank order, rounded once.
+A program waits for programs of the same index on other ranks, which send before they wait, and for those of its
+cluster, which run at the same time: the first ones that are not done can always go on. Sums are fp32, in rank order,
+rounded once.
 
 Limit: ranks must make the same calls in the same order, one at a time, each stream waiting for the one before it.
 """
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from tp_attention.comm.symmetric import cluster
 
 _TRAP = tl.constexpr("trap; mov.u32 $0, $1;")
 
@@ -162,10 +165,10 @@ def one_shot_kernel(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,  # 0 none, 1 RMSNorm, 2 LayerNorm: a program makes one row
+    NORM: tl.constexpr,  # 0 none, 1 RMSNorm, 2 LayerNorm: then a program makes a row, or a cluster of them does
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
-    SLICES: tl.constexpr,
+    CLUSTER: tl.constexpr,
     PDL: tl.constexpr,
     TRAP: tl.constexpr,  # whether there is an instruction that ends the process's use of the GPU
     DTYPE: tl.constexpr,
@@ -173,38 +176,33 @@ def one_shot_kernel(
 ):  # fmt: skip
     """Everyone sends all to everyone: size - 1 times x over each link, one way's delay.
 
-    With NORM a program makes a whole row, which it takes long to send from one SM alone: SLICES programs, neighbours in
-    the grid, send a part each, and the first of them does the rest. It stores what the others may yet read, so then
-    p_out is not p_x.
+    What one SM can load and store in time is little, so rows to norm are parted among the programs of a cluster.
     """
+    if CLUSTER > 1:
+        room = cluster.begin()
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
-    start = tl.program_id(1 if NORM else 0).to(tl.int64) * (row if NORM else BLOCK)
-    end = start + row if NORM else words
+    i_row = tl.program_id(1).to(tl.int64)  # 0 without a norm
+    o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start, end = i_row * row + tl.program_id(0).to(tl.int64) * BLOCK, (i_row + 1) * row if NORM else words
+    o = start + tl.arange(0, BLOCK)
+    m = o < end
     turn, inbox = _begin(p_state, half, PDL)
     segment = tl.cast(segment, tl.int64)
-    PART: tl.constexpr = BLOCK // SLICES
-    first = start + (tl.program_id(0) * PART if NORM else 0)
-    b_own = _own(p_x, first, end, words, SPLITS, DTYPE, PART)
-    o_sent = first + tl.arange(0, PART)
-    _send_round(inboxes, inbox + o_sent, segment, b_own, o_sent < end, RANK, WORLD)
+    b_own = _own(p_x, start, end, words, SPLITS, DTYPE, BLOCK)
+    _send_round(inboxes, inbox + o, segment, b_own, m, RANK, WORLD)
     _count(p_state, turn)
-    if SLICES > 1:
-        if tl.program_id(0) > 0:
-            return
-        b_own = _own(p_x, start, end, words, SPLITS, DTYPE, BLOCK)
 
     # What does not wait for the others is fetched while their values are on the way.
-    o_inside = tl.arange(0, BLOCK)
-    o = start + o_inside
-    m = o < end
     if HAS_BIAS:
-        b_bias = _values(tl.load(p_bias + (o_inside if NORM else o % row), mask=m, other=0), DTYPE)
+        b_bias = _values(tl.load(p_bias + (o_row if NORM else o % row), mask=m, other=0), DTYPE)
     if HAS_RESIDUAL:
         b_residual = _values(tl.load(p_residual + o, mask=m, other=0), DTYPE)
     if HAS_NORM_WEIGHT:
-        b_norm_weight = _values(tl.load(p_norm_weight + o_inside, mask=m, other=0), DTYPE)
+        b_norm_weight = _values(tl.load(p_norm_weight + o_row, mask=m, other=0), DTYPE)
     if HAS_NORM_BIAS:
-        b_norm_bias = _values(tl.load(p_norm_bias + o_inside, mask=m, other=0), DTYPE)
+        b_norm_bias = _values(tl.load(p_norm_bias + o_row, mask=m, other=0), DTYPE)
+    if CLUSTER > 1:
+        cluster.meet(room)
 
     b_y = _summed(inboxes[RANK] + inbox, segment, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
     if HAS_BIAS:
@@ -216,8 +214,10 @@ def one_shot_kernel(
         b_y, m_y = b_y.to(DTYPE).to(tl.float32), m[:, None]
         size = row * b_y.shape[1]
         if NORM == 2:
-            b_y -= tl.sum(tl.where(m_y, b_y, 0.0)) / size
-        b_y *= tl.rsqrt(tl.sum(tl.where(m_y, b_y * b_y, 0.0)) / size + eps)
+            total = tl.sum(tl.where(m_y, b_y, 0.0))
+            b_y -= (cluster.sum(total, room, 0) if CLUSTER > 1 else total) / size
+        total = tl.sum(tl.where(m_y, b_y * b_y, 0.0))
+        b_y *= tl.rsqrt((cluster.sum(total, room, 1) if CLUSTER > 1 else total) / size + eps)
         if HAS_NORM_WEIGHT:
             if NORM == 1:
                 b_y = b_y.to(DTYPE).to(tl.float32)  # as functional.norm, and Hugging Face's Llama
@@ -273,59 +273,3 @@ def two_shot_kernel(
     m_out = (o_rank != RANK) & (o_rank < WORLD) & (o < chunk)[None, :] & (o_out < words)
     p_sums = inboxes[RANK] + sums + o_place * chunk + o[None, :]
     tl.store(p_out + o_out, _received(p_sums, m_out, p_state, patience, TRAP), mask=m_out)
-
-
-@triton.jit
-def add_kernel(
-    p_own,  # [words]
-    p_others,  # [WORLD - 1, words], lines `stride` words apart: the other ranks' in rank order
-    p_bias,  # [row]
-    p_residual,  # [words]
-    p_out,
-    p_state,  # as above
-    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,
-    words,
-    stride,
-    row,
-    half,
-    segment,
-    patience,
-    RANK: tl.constexpr,
-    WORLD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
-    TRAP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What one_shot_kernel makes of the ranks' values, where all of them lie here once every rank has come so far.
-
-    Program i meets program i of every rank, by a word that says nothing else.
-    """
-    inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
-    i_word = tl.program_id(0) + tl.arange(0, 1)
-    turn, inbox = _begin(p_state, half, PDL)
-    _send_round(inboxes, inbox + i_word, segment, tl.zeros((1,), tl.int32), i_word >= 0, RANK, WORLD)
-    _count(p_state, turn)
-    for i in tl.static_range(0, WORLD - 1):
-        _received(inboxes[RANK] + inbox + i * segment + i_word, i_word >= 0, p_state, patience, TRAP)
-    tl.debug_barrier()
-
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < words
-    for rank in tl.static_range(WORLD):
-        if rank == RANK:
-            b_words = tl.load(p_own + o, mask=m, other=0)
-        else:
-            b_words = tl.load(p_others + (rank - (rank > RANK)) * tl.cast(stride, tl.int64) + o, mask=m, other=0)
-        if rank == 0:
-            b_y = _values(b_words, DTYPE)
-        else:
-            b_y += _values(b_words, DTYPE)
-    b_y = b_y.to(DTYPE).to(tl.float32)
-    if HAS_BIAS:
-        b_y += _values(tl.load(p_bias + o % row, mask=m, other=0), DTYPE)
-    if HAS_RESIDUAL:
-        b_y += _values(tl.load(p_residual + o, mask=m, other=0), DTYPE)
-    tl.store(p_out + o, _words(b_y, DTYPE), mask=m)

@@ -1,12 +1,12 @@
 """A projection of many tokens and its sum over the ranks, the one behind the other.
 
 Rank r sums rows of its own, `owned` of them. Everyone multiplies the other ranks' rows first, chunk by chunk, while
-copy engines, which take no SM, bring each chunk to its owner; then its own rows, to which it adds what has come, and
-the copy engines bring the sums to the others. Over a link go 2 (size - 1) / size times the result, as little as an
+copy engines, which take no SM, bring each chunk to its owner. Then its own rows: the product's last step adds what has
+come, and copy engines fetch every rank's sums. Over a link go 2 (size - 1) / size times the result, as little as an
 all-reduce can do with, and all but the last chunk of it under the products.
 
-Ranks meet in one-word sums, and in the addition, on the stream of the products. What comes lies in a stage, by who sent
-it: parts of this rank's rows first, then the others' sums.
+Ranks meet in one-word sums on the stream of the products. A rank's stage holds the other ranks' parts of its rows, by
+who sent them; in the place of the first ones come the sums, which the others read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from torch import Tensor
 
 from tp_attention.comm.symmetric.inbox import Inboxes
 from tp_attention.kernels import configs
+from tp_attention.kernels.gemm import Others
 
-STAGE_BYTES = 128 << 20  # of every rank: half for parts, half for sums
+STAGE_BYTES = 128 << 20  # of every rank: as much of a result goes at once
 TILE = 128, 256  # rows and columns that an SM multiplies at a time
 OVERLAP_BYTES = 32 << 20  # of the result, from where on this is worth its barriers
 CHUNKS = 4  # at most, of each rank's rows: more of them hide more, and cost a barrier each
-
-
-Multiply = Callable[[Tensor, Tensor], None]
 
 
 class Overlap:
@@ -38,88 +36,85 @@ class Overlap:
         self.inboxes, self.rank, self.size, self.device = inboxes, inboxes.rank, inboxes.size, inboxes.device
         self._stages = stages
         self._word = torch.zeros(1, dtype=torch.float32, device=self.device)
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._side = _Side(self.device)
 
     def pays(self, rows: int, columns: int, itemsize: int) -> bool:
         """Whether the result is so large, and the rows so many that every rank's fill the SMs with tiles."""
         large = rows * columns * itemsize >= OVERLAP_BYTES and rows >= self.size * self._wave(columns)
         return large and bool(self._stages)
 
-    def project(self, multiply: Multiply, x: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-        """out [rows, columns] <- sum over the ranks of what multiply(x, out) makes of rows of x, + bias + residual."""
+    def project(
+        self, multiply: Callable[..., object], x: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> None:
+        """out [rows, columns] <- sum over the ranks of multiply(x), + bias + residual.
+
+        multiply(rows of x, out=...) is this rank's part of those rows, and takes `others`, bias and residual as gemm.
+        """
         rows, columns = out.shape
-        most = self._stages[0].numel() // (2 * (self.size - 1) * columns * out.element_size()) * self.size
-        side = _Side(self._side)
+        most = self._stages[0].numel() // ((self.size - 1) * columns * out.element_size()) * self.size
         for start in range(0, rows, most):
             part = slice(start, start + most)
             try:
-                self._piece(side, multiply, x[part], out[part], bias, None if residual is None else residual[part])
-            finally:  # neither the next piece nor whoever gets out's memory is to meet a copy that still reads
-                side.main_waits_for(side.mark())
+                self._piece(multiply, x[part], out[part], bias, None if residual is None else residual[part])
+            finally:  # neither the next piece nor whoever gets out's memory is to meet a copy that still runs
+                self._side.main_waits_for(self._side.mark())
 
     def _piece(
-        self, side: _Side, multiply: Multiply, x: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None
+        self, multiply: Callable[..., object], x: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> None:
         rows, columns = out.shape
         owned = triton.cdiv(rows, self.size)
         ends = self._ends(owned, columns)
         count = len(ends) - 1
         stages = [
-            stage.view(out.dtype)[: 2 * (self.size - 1) * owned * columns].view(2, self.size - 1, owned, columns)
+            stage.view(out.dtype)[: (self.size - 1) * owned * columns].view(self.size - 1, owned, columns)
             for stage in self._stages
         ]
+        others, side = [(self.rank + step) % self.size for step in range(1, self.size)], self._side
 
-        def of(owner: int, i: int) -> slice:
-            """Chunk i of a rank's rows."""
-            return slice(*(min(owner * owned + end, rows) for end in (ends[i], ends[i + 1])))
+        def of(owner: int, i: int, many: int = 1) -> slice:
+            """Chunk i of a rank's rows, or so many from it on."""
+            return slice(*(min(owner * owned + end, rows) for end in (ends[i], ends[i + many])))
 
-        def staged(at: int, kind: int, other: int, i: int, many: int) -> Tensor:
-            """On rank `at`, of chunk i so many rows: 0 parts that `other` has of at's rows, 1 other's sums."""
-            return stages[at][kind, other - (other > at), ends[i] :][:many]
+        def staged(owner: int, i: int, many: int = 1) -> Tensor:
+            """These in the rank's stage: [size - 1, rows, columns]."""
+            chunk = of(owner, i, many)
+            return stages[owner][:, ends[i] :][:, : chunk.stop - chunk.start]
 
-        def send(to: int, kind: int, i: int, part: slice) -> None:
-            staged(to, kind, self.rank, i, part.stop - part.start).copy_(out[part])
-
-        def take(i: int) -> None:
-            """Sums of chunk i that have come, to where they belong."""
-            for owner in others:
-                target = out[of(owner, i)]
-                target.copy_(staged(self.rank, 1, owner, i, target.shape[0]))
-
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self.barrier()  # nobody reads any more what came the last time
-        sent: list[Any] = [None] * count
-        for owner in others:
-            for i in range(count):
-                theirs = of(owner, i)
-                multiply(x[theirs], out[theirs])
-                with side.after_main():
-                    send(owner, 0, i, theirs)
-                sent[i] = side.mark()
-        told: list[Any] = []
-        for i in range(count):
-            mine = of(self.rank, i)
-            multiply(x[mine], out[mine])
-            side.main_waits_for(sent[i])
-            if i > 1:
-                side.main_waits_for(told[i - 2])
-            # every rank comes here: parts of chunk i are here, and sums of chunk i - 2
-            parts = stages[self.rank][0, :, ends[i] : ends[i + 1]]
-            self.inboxes.add(out[mine], parts, bias, None if residual is None else residual[mine])
+        def fetch(i: int) -> None:
+            """The others' sums of chunk i, which they have made."""
             with side.after_main():
-                for reader in others:
-                    send(reader, 1, i, mine)
-                told.append(side.mark())
-                if i > 1:
-                    take(i - 2)
-        side.main_waits_for(told[-1])
+                for owner in others:
+                    out[of(owner, i)].copy_(staged(owner, i)[0])
+
+        self.barrier()  # nobody reads any more what was staged the last time
+        sent: dict[int, Any] = {}
+        for owner in others:
+            for i, many in self._sendings(count):
+                theirs = of(owner, i, many)
+                multiply(x[theirs], out=out[theirs])
+                with side.after_main():
+                    staged(owner, i, many)[self.rank - (self.rank > owner)].copy_(out[theirs])
+                sent[i] = side.mark()
+        for i in range(count):
+            side.main_waits_for(sent.get(i))
+            self.barrier()  # every rank's parts of chunk i are staged, and its sums of the chunk before
+            if i:
+                fetch(i - 1)
+            mine, parts = of(self.rank, i), staged(self.rank, i)
+            added = None if residual is None else residual[mine]
+            multiply(x[mine], out=parts[0], bias=bias, residual=added, others=Others(self.rank, parts, out[mine]))
         self.barrier()
-        for i in range(max(0, count - 2), count):
-            take(i)
+        fetch(count - 1)
 
     def barrier(self) -> None:
         """Whatever comes after it on this stream runs after what was before it on every rank's."""
         self.inboxes.one_shot(self._word, self._word)
+
+    def _sendings(self, count: int) -> list[tuple[int, int]]:
+        """Chunks of another rank's rows that are multiplied and sent at a time: the first of them, and how many."""
+        half = count // 2
+        return [(0, half), (half, count - half)] if half else [(0, count)]
 
     def _ends(self, owned: int, columns: int) -> list[int]:
         """Where the chunks of a rank's rows end, after 0: whole waves, one in the last chunk, which nothing hides."""
@@ -138,10 +133,10 @@ class Overlap:
 
 
 class _Side:
-    """A second stream beside the current one; on a CPU there is none, and everything happens in order."""
+    """A stream beside the current one; on a CPU there is none, and everything happens in order."""
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self.stream = stream
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after_main(self) -> Any:
         """What is inside runs on it, after all that the current stream has been given so far."""

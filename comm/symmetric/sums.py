@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -113,12 +114,9 @@ class SymmetricSums:
             return None
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
 
-        def multiply(rows: Tensor, to: Tensor) -> None:
-            if rows.numel():
-                gemm(rows, weight, weight_scale=weight_scale, transposed=transposed, out=to)
-            else:  # none, or a rank that holds no columns
-                to.zero_()
-
+        if not x.shape[1]:  # a rank that holds no columns: zeros to multiply
+            x, weight, weight_scale, transposed = x.new_zeros(rows, 8), x.new_zeros(columns, 8), None, False
+        multiply = functools.partial(gemm, weight=weight, weight_scale=weight_scale, transposed=transposed)
         self._follow()
         self.overlap.project(multiply, x, out, bias, residual)
         return out, None
@@ -152,7 +150,6 @@ class SymmetricSums:
             self.inboxes.one_shot(parts, out, bias=bias, residual=residual)
             return out
         norm, normed = Norm(kind, norm_weight, norm_bias, eps), torch.empty_like(out)
-        out = torch.empty_like(out) if parts is out else out  # one_shot is slower where they are the same
         self.inboxes.one_shot(parts, out, bias=bias, residual=residual, norm=norm, normed=normed)
         return out, normed
 

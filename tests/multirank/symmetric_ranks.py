@@ -28,9 +28,8 @@ LOOK = 5e-5  # seconds
 
 @functools.cache  # once a process
 def _share_cores():
-    """Ranks share a few cores here: one that looks in vain lets another run. And the interpreter runs a program after
-    the other, so those that wait for their neighbours on other ranks come last; on a GPU these run side by side."""
-    load, start = InterpreterBuilder.create_masked_load, InterpreterBuilder.set_grid_idx
+    """Ranks share a few cores here: one that looks in vain lets another run."""
+    load = InterpreterBuilder.create_masked_load
     names = list(inspect.signature(load).parameters)
 
     def give_way(*args, **keywords):
@@ -38,10 +37,7 @@ def _share_cores():
             time.sleep(LOOK)
         return load(*args, **keywords)
 
-    def last_first(builder, x, y, z):
-        start(builder, builder.grid_dim[0] - 1 - x, y, z)
-
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.set_grid_idx = give_way, last_first
+    InterpreterBuilder.create_masked_load = give_way
 
 
 def shared(nbytes, process_group=None):

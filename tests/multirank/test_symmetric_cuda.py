@@ -15,7 +15,7 @@ import torch
 
 from tests.multirank.test_collectives import sum_in_rank_order
 from tests.tolerances import assert_close
-from tp_attention import launch
+from tp_attention import launch, reference
 from tp_attention.comm import Norm, all_reduce, linear_all_reduce
 from tp_attention.comm.symmetric import agreement
 
@@ -182,6 +182,39 @@ def test_linear_all_reduce(world):
     world(N)(projects)
 
 
+def norms(world):
+    """Rows that one program makes and rows that a cluster shares, some programs of which may have nothing to do."""
+    group = world.tp
+    device, inboxes = group.device, group.symmetric.inboxes
+    widths = (2, 768, 1026, 2050, 4096, 5120, 8192, 14336, 16384, 20000)
+    for turn, (columns, kind, rows) in enumerate(itertools.product(widths, ("rmsnorm", "layernorm"), (1, 3, 300))):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[turn % 3]
+        if not inboxes.holds(columns, dtype.itemsize):
+            continue
+        parts = [draw(rank, turn, rows * columns, dtype, device).view(rows, columns) for rank in range(group.size)]
+        residual, gamma = draw(9, turn, rows * columns, dtype, device).view(rows, columns), None
+        y = (sum_in_rank_order(parts).float() + residual.float()).to(dtype)
+        if rows == 3:  # neither stops a sum, nor reaches another row
+            parts[0][1, columns // 2] = torch.nan
+            parts[0][2, 0] = torch.inf
+        if turn % 2:
+            gamma = draw(10, turn, columns, dtype, device)
+        x = parts[group.rank].clone()
+        out, normed = x if turn % 4 == 1 else torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+        inboxes.one_shot(x, out, residual=residual, norm=Norm(kind, gamma, eps=1e-5), normed=normed)
+        whole = slice(None) if rows != 3 else slice(0, 1)
+        assert torch.equal(out[whole], y[whole]), (columns, kind, rows)
+        assert_close(normed[whole], reference.norm(y[whole].double(), gamma, None, kind, 1e-5))
+        assert rows != 3 or not normed[1].isfinite().any()
+        totals = [torch.empty_like(normed) for _ in range(group.size)]
+        torch.distributed.all_gather(totals, normed, group=group.process_group)
+        assert all(torch.equal(total[whole], normed[whole]) for total in totals), "ranks hold different bits"
+
+
+def test_norms(world):
+    world(N)(norms)
+
+
 def captured_projection(world):
     """Few tokens and many, in one graph, replayed."""
     group = world.tp
@@ -223,7 +256,7 @@ def test_switch(world, monkeypatch, way, expected):
 
 DIES = """
 import os, sys, time, torch
-from tp_attention import launch
+from tp_attention import launch, reference
 from tp_attention.comm import all_reduce
 with launch.init() as world:
     x = torch.ones(4096, device=world.device)

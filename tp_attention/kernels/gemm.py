@@ -75,6 +75,7 @@ CONFIGS = {
 }
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 POINTER_STORE = 32  # columns stored at a time through pointers, which take two registers each
+MOST_PARTS = 5  # ranks' parts, this one's among them, that registers hold beside a block of `store` columns
 TILE_COST = 32  # what a tile costs beyond its columns (it is filled and drained once), in columns
 
 
@@ -100,25 +101,43 @@ def _load(
 
 @triton.jit
 def _store(
-    acc, out, p_bias, row, column, M, N, stride_out,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, DTYPE: tl.constexpr,
+    acc, out, row, column, M, N, stride_out, p_bias, p_residual, p_copy, p_parts, stride_part,
+    RANKS: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = acc.shape[0]
     COLUMNS: tl.constexpr = acc.shape[1]
     if COLUMNS > STORE:  # by halves: their way out takes shared memory, which the stages of the loop need
-        b_left, b_right = acc.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        _store(b_left, out, p_bias, row, column, M, N, stride_out, HAS_BIAS, TMA, STORE, DTYPE)
-        _store(b_right, out, p_bias, row, column + COLUMNS // 2, M, N, stride_out, HAS_BIAS, TMA, STORE, DTYPE)
+        b_halves = acc.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            _store(
+                b_halves[half], out, row, column + half * (COLUMNS // 2), M, N, stride_out,
+                p_bias, p_residual, p_copy, p_parts, stride_part, RANKS, RANK, TMA, STORE, DTYPE,
+            )  # fmt: skip
     else:
-        o_n = column + tl.arange(0, COLUMNS)
-        if HAS_BIAS:
+        o_m, o_n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        m = (o_m < M)[:, None] & (o_n < N)[None, :]
+        o_wide = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+        if RANKS:  # as all_reduce rounds
+            b_own = acc.to(DTYPE).to(tl.float32)
+            for rank in tl.static_range(RANKS):
+                if rank == RANK:
+                    b_part = b_own
+                else:
+                    p_part = p_parts + (rank - (rank > RANK)) * tl.cast(stride_part, tl.int64)
+                    b_part = tl.load(p_part + o_wide, mask=m, other=0.0).to(tl.float32)
+                acc = b_part if rank == 0 else acc + b_part
+            acc = acc.to(DTYPE).to(tl.float32)
+        if p_bias is not None:
             acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        if p_residual is not None:
+            acc += tl.load(p_residual + o_wide, mask=m, other=0.0).to(tl.float32)
+        b_out = acc.to(DTYPE)
+        if p_copy is not None:
+            tl.store(p_copy + o_wide, b_out, mask=m)
         if TMA:
-            out.store([row, column], acc.to(DTYPE))
+            out.store([row, column], b_out)
         else:
-            o_m = row + tl.arange(0, ROWS)
-            p_block = out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :]
-            tl.store(p_block, acc.to(DTYPE), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+            tl.store(out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :], b_out, mask=m)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["M"])
@@ -130,9 +149,13 @@ def gemm_kernel(
     out_tail,
     p_bias,  # [N]
     p_scale,  # [N, K / GROUP] fp32
-    M, N, K, stride_x, stride_wn, stride_wk, stride_out,
+    p_residual,  # [M, N], as all from here on contiguous
+    p_copy,  # [M, N], written too
+    p_parts,  # [RANKS - 1, M, N], matrices stride_part apart: other ranks' products, in rank order
+    M, N, K, stride_x, stride_wn, stride_wk, stride_out, stride_part,
     GROUP: tl.constexpr,  # columns per scale; 0: w is of x's type
-    HAS_BIAS: tl.constexpr, W_TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
+    RANKS: tl.constexpr,  # 0: the product is no part of a sum
+    RANK: tl.constexpr, W_TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
     X_TMA: tl.constexpr, W_TMA: tl.constexpr, OUT_TMA: tl.constexpr, PDL: tl.constexpr, UPCAST: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STORE: tl.constexpr, FLATTEN: tl.constexpr,
@@ -176,9 +199,28 @@ def gemm_kernel(
                     w_tail, column_tail, k, N, end, stride_wn, stride_wk, W_TMA, W_TRANSPOSED, EVEN_K, TAIL, BLOCK_K
                 )
                 acc_tail = tl.dot(b_x, b_w.to(b_x.dtype).T, acc_tail, input_precision="ieee")
-        _store(acc.T if GROUP else acc, out, p_bias, row, column, M, N, stride_out, HAS_BIAS, OUT_TMA, STORE, DTYPE)
+        _store(
+            acc.T if GROUP else acc, out, row, column, M, N, stride_out,
+            p_bias, p_residual, p_copy, p_parts, stride_part, RANKS, RANK, OUT_TMA, STORE, DTYPE,
+        )  # fmt: skip
         if TAIL:
-            _store(acc_tail, out_tail, p_bias, row, column + BLOCK_N, M, N, stride_out, HAS_BIAS, OUT_TMA, STORE, DTYPE)
+            _store(
+                acc_tail, out_tail, row, column + BLOCK_N, M, N, stride_out,
+                p_bias, p_residual, p_copy, p_parts, stride_part, RANKS, RANK, OUT_TMA, STORE, DTYPE,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Others:
+    """What other ranks have of a sum that a product is rank `rank`'s part of.
+
+    parts: [ranks - 1, M, N], theirs in rank order; contiguous but for the first stride. The sum may take the place of
+    the first of them. copy: [M, N] contiguous, where it is written too.
+    """
+
+    rank: int
+    parts: Tensor
+    copy: Tensor | None = None
 
 
 def gemm(
@@ -189,11 +231,15 @@ def gemm(
     weight_scale: Tensor | None = None,
     transposed: bool = False,
     out: Tensor | None = None,
+    residual: Tensor | None = None,
+    others: Others | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """x [M, K], weight [N, K] ([K, N] where transposed), bias [N] -> [M, N] in x's dtype.
+    """x [M, K], weight [N, K] ([K, N] where transposed), bias [N], residual [M, N] -> [M, N] in x's dtype.
 
     weight_scale: fp32 [N, K / group] of an int8 weight. out: [M, N] with unit stride in a row, written and returned.
+    residual: contiguous. others: all parts are rounded to x's dtype and summed in fp32, in rank order; the sum is
+    rounded before bias and residual are added in fp32.
     """
     (rows, depth), columns = x.shape, weight.shape[1 if transposed else 0]
     if out is None:
@@ -229,7 +275,9 @@ def gemm(
         raise ValueError(f"a configuration with tail={tail} needs tile loads: tma={config.tma}; use tail=0")
     if group:  # x must be masked past the end of a group; tiles are to start at multiples of 16 bytes
         x_tma, w_tma = x_tma and even, w_tma and group % 16 == 0
-    store = min(block_n, config.store if out_tma else POINTER_STORE)
+    ranks = len(others.parts) + 1 if others else 0
+    store = config.store if out_tma else POINTER_STORE
+    store = min(block_n, store if ranks <= MOST_PARTS else store // 2)
     pdl = architecture == 90
     tiles = -(-rows // block_m) * -(-columns // (block_n + tail))
 
@@ -241,11 +289,13 @@ def gemm(
         weight_blocks(block_n), weight_blocks(tail) if tail else None,
         _descriptor(out, block_m, store) if out_tma else out,
         (_descriptor(out, block_m, tail) if out_tma else out) if tail else None,
-        None if bias is None else bias.contiguous(), weight_scale,
+        None if bias is None else bias.contiguous(), weight_scale, residual,
+        *((None, None) if others is None else (others.copy, others.parts)),
         rows, columns, depth, x.stride(0), stride_n, stride_k, out.stride(0),
+        others.parts.stride(0) if others else 0,
     )  # fmt: skip
     constexprs = dict(
-        GROUP=group, HAS_BIAS=bias is not None, W_TRANSPOSED=transposed, EVEN_K=even,
+        GROUP=group, RANKS=ranks, RANK=others.rank if others else 0, W_TRANSPOSED=transposed, EVEN_K=even,
         X_TMA=x_tma, W_TMA=w_tma, OUT_TMA=out_tma, PDL=pdl, UPCAST=configs.interpreted(),
         DTYPE=DTYPES[x.dtype], BLOCK_M=block_m, BLOCK_N=block_n, TAIL=tail, BLOCK_K=block_k,
         GROUP_M=config.group_m, STORE=store, FLATTEN=config.flatten,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 from tp_attention.kernels import configs, replay
@@ -27,11 +28,15 @@ def launch(
     device: torch.device,
     args: Sequence[Any],
     constexprs: Mapping[str, Any],
+    *,
+    cluster: int = 1,
     **options: Any,
 ) -> None:
     """kernel[grid](*args, **constexprs, **options) on `device`, where the tensors are; nothing for an empty grid.
 
-    args: the kernel's parameters before its constexprs, in order. constexprs: all of these, in order.
+    args: the kernel's parameters before its constexprs, in order. constexprs: all of these, in order. cluster: so many
+    programs, neighbours in the grid's first dimension, form a thread block cluster (from Hopper on). Unlike Triton's
+    num_ctas it leaves them programs of their own.
     """
     if 0 in grid:
         return
@@ -39,10 +44,10 @@ def launch(
         _check_order(kernel, args, constexprs)
         kernel[grid](*args, **constexprs, **options)
     elif device.index == torch.cuda.current_device():
-        _launch(kernel, grid, args, constexprs, options, device.index)
+        _launch(kernel, grid, args, constexprs, options, cluster, device.index)
     else:
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, constexprs, options, device.index)
+            _launch(kernel, grid, args, constexprs, options, cluster, device.index)
 
 
 def _launch(
@@ -51,23 +56,30 @@ def _launch(
     args: Sequence[Any],
     constexprs: Mapping[str, Any],
     options: Mapping[str, Any],
+    cluster: int,
     device: int,
 ) -> None:
     specialised = _specialised(kernel)
     key = (
-        kernel, device, *constexprs.values(), *options.values(),
+        kernel, device, cluster, *constexprs.values(), *options.values(),
         *[_kind(arg, special) for arg, special in zip(args, specialised, strict=False)],
     )  # fmt: skip
-    compiled = _compiled.get(key)
+    found = _compiled.get(key)
     watch = replay.watched()
-    if compiled is None:
+    if found is None:
         if watch is not None:
             watch.compiled = True
         _check_order(kernel, args, constexprs)
-        _compiled[key] = kernel[grid](*args, **constexprs, **options)
-        return
+        if cluster == 1:
+            compiled = kernel[grid](*args, **constexprs, **options)
+            _compiled[key] = compiled, compiled.packed_metadata
+            return
+        compiled = kernel.warmup(*args, grid=grid, **constexprs, **options)
+        found = _compiled[key] = compiled, _in_clusters(compiled, cluster)
+    compiled, packed = found
     values = *args, *constexprs.values()
     x, y, z = (*grid, 1, 1)[:3]
+    x //= cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
     hooks, metadata = (None, None), None
     if replay.profiled():
@@ -75,12 +87,17 @@ def _launch(
         metadata = compiled.launch_metadata((x, y, z), stream, *values)
 
     def run() -> None:
-        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *values)
+        compiled.run(x, y, z, stream, compiled.function, packed, metadata, *hooks, *values)
 
     if watch is None:
         run()
     else:
         watch.launched(compiled, values, run)
+
+
+def _in_clusters(compiled: Any, cluster: int) -> Any:
+    """What Triton's launcher is told of a kernel, with clusters: it takes their size from num_ctas."""
+    return make_backend(compiled.metadata.target).pack_metadata(compiled.metadata._replace(num_ctas=cluster))
 
 
 def _check_order(kernel: Any, args: Sequence[Any], constexprs: Mapping[str, Any]) -> None:

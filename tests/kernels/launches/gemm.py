@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.launches import Launch
 from tp_attention.kernels import gemm as products
-from tp_attention.kernels.gemm import gemm
+from tp_attention.kernels.gemm import Others, gemm
 from tp_attention.kernels.norm import norm
 from tp_attention.kernels.rope import qk_norm_rope_
 
@@ -45,6 +45,16 @@ def _rope(head_dim: int, pairs: int, **keywords: Any) -> Callable[[], object]:
     return lambda: qk_norm_rope_(_empty(4096, 48 * head_dim), 32, 8, head_dim, **(angles if pairs else {}), **keywords)
 
 
+def _summed(ranks: int, rows: int = 4096, columns: int = 8192, **keywords: Any) -> Callable[[], object]:
+    others = Others(ranks // 2, _empty(ranks - 1, 2 * rows, columns)[:, :rows])
+    return _gemm(rows, columns, 4096, others=others, residual=_empty(rows, columns), **keywords)
+
+
+def _summed_in_place() -> None:
+    parts = _empty(1, 4096, 8192)
+    gemm(_empty(4096, 4096), _empty(8192, 4096), out=parts[0], others=Others(1, parts, _empty(4096, 8192)))
+
+
 _q_norm = {"q_norm_weight": _empty(128), "k_norm_weight": _empty(128)}
 
 LAUNCHES = {
@@ -61,6 +71,10 @@ LAUNCHES = {
     "int8 odd group": Launch(_gemm(4096, 5120, 5120, torch.float16, group=80), wgmma=True),
     "fp32": Launch(_gemm(4096, 6144, 4096, torch.float32)),
     "fp32 transposed": Launch(_gemm(4096, 6144, 4096, torch.float32, transposed=True)),
+    **{f"sum of {ranks}": Launch(_summed(ranks), wgmma=True, tma=True) for ranks in (2, 5, 8)},
+    "sum of 2, 192 columns": Launch(_summed(2, 512, 6144), wgmma=True, tma=True),
+    "sum of 2 in place": Launch(_summed_in_place, wgmma=True, tma=True),
+    "sum of 2, int8": Launch(_summed(2, group=128), wgmma=True, tma=True),
     "safe": Launch(_gemm(4096, 6144, 4096, **_safe("half"))),
     "safe int8": Launch(_gemm(4096, 6144, 4096, group=128, **_safe("int8"))),
     "safe fp32": Launch(_gemm(4096, 6144, 4096, torch.float32, **_safe("float32"))),

@@ -44,15 +44,6 @@ def two_shot(ranks: int, dtype: torch.dtype = BF16) -> Callable[[], object]:
     return lambda: inboxes(ranks).two_shot(meta(1 << 22, dtype=dtype), meta(1 << 22, dtype=dtype))
 
 
-def add(ranks: int) -> Callable[[], object]:
-    def call() -> None:
-        own, parts, row = meta(4096, 8192), meta(ranks - 1, 8192, 8192)[:, :4096], meta(8192)
-        inboxes(ranks).add(own, parts, None, None)
-        inboxes(ranks).add(own, parts, row, own)
-
-    return call
-
-
 LAUNCHES = {
     **{f"one shot of {ranks}": Launch(one_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
     "one shot fp16": Launch(one_shot(2, dtype=FP16), polls=True),
@@ -71,5 +62,4 @@ LAUNCHES = {
     "residual and layernorm of 8": Launch(one_shot(8, 4, 4096, residual=True, norm="layernorm")),
     **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
     "two shots fp32": Launch(two_shot(4, FP32), polls=True),
-    **{f"addition of {ranks}": Launch(add(ranks)) for ranks in (2, 4, 8)},
 }
