@@ -56,6 +56,10 @@ class Compiled:
     def polls(self) -> bool:
         return "ld.volatile.global.v4" in self.ptx
 
+    @property
+    def cluster(self) -> bool:
+        return "mapa.shared::cluster" in self.ptx and "vote.sync" in self.ptx
+
     def fixed_bounds(self) -> list[str]:
         """Loops within a loop whose upper bound is made outside of both, or a constant."""
         found, outer = [], []

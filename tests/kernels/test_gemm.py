@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from tp_attention import eager, reference
 
 pytest.importorskip("triton", reason="triton is built for Linux alone")
 
-from tp_attention.kernels import gemm as products
-from tp_attention.kernels.gemm import CONFIGS, Config, gemm, tile_width
+from tp_attention.kernels.gemm import Others, gemm
+from tp_attention.kernels.gemm_tiles import CONFIGS, Config, tile_width
 from tp_attention.kernels.norm import Config as NormConfig
 from tp_attention.kernels.norm import norm
 from tp_attention.kernels.rope import qk_norm_rope_
@@ -83,6 +84,59 @@ def test_product(
     assert_close(y, expected)
     if strided:
         assert y is out and wide[:, :8].isnan().all() and wide[:, 8 + columns :].isnan().all()
+
+
+@PROPERTY
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 150),
+    columns=st.integers(1, 150),
+    ranks=st.integers(2, 8),
+    rank=st.integers(0, 7),
+    tma=st.booleans(),
+    biased=st.booleans(),
+    added=st.booleans(),
+    in_place=st.booleans(),
+    copied=st.booleans(),
+)
+def test_part_of_a_sum(
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    ranks: int,
+    rank: int,
+    tma: bool,
+    biased: bool,
+    added: bool,
+    in_place: bool,
+    copied: bool,
+) -> None:
+    assume(rows * columns >= FEW)
+    rank %= ranks
+    x, weight = randn(rows, 40, dtype=dtype), randn(columns, 40, dtype=dtype)
+    bias = randn(columns, dtype=dtype) if biased else None
+    residual = randn(rows, columns, dtype=dtype) if added else None
+    config = dataclasses.replace(SMALL, tma=tma, tail=SMALL.tail if tma else 0)
+    if dtype == torch.float32:
+        config = dataclasses.replace(config, tma=False, tail=0, block_k=16)
+    theirs = randn(ranks - 1, rows + 3, columns, dtype=dtype)[:, :rows]  # with gaps between them
+    everyone = [*theirs.clone().unbind(0)]
+    everyone.insert(rank, gemm(x, weight, config=config))
+    expected = functools.reduce(torch.add, [part.float() for part in everyone]).to(dtype).float()
+    for each in (bias, residual):
+        expected = expected if each is None else expected + each.float()
+    out = theirs[0] if in_place else torch.full((rows, columns), torch.nan, dtype=dtype, device=DEVICE)
+    copy = torch.full((rows, columns), torch.nan, dtype=dtype, device=DEVICE) if copied else None
+    y = gemm(x, weight, bias, out=out, residual=residual, others=Others(rank, theirs, copy), config=config)
+    assert y is out and (copy is None or torch.equal(copy, y))
+    assert torch.equal(theirs[1:], torch.stack(everyone)[[r for r in range(ranks) if r != rank][1:]])
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates where it should round
+        exact = sum(part.double() for part in everyone)
+        for each in (bias, residual):
+            exact = exact if each is None else exact + each.double()
+        assert_close(y, exact)
+    else:
+        assert torch.equal(y, expected.to(dtype))
 
 
 @PROPERTY
@@ -232,7 +286,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     rows, depth = 2**19 + 5, 4100  # rows of x past 2^31 elements
     x, weight = torch.empty(rows, depth, dtype=torch.float16, device=DEVICE), randn(72, depth, dtype=torch.float16)
     x[-200:] = randn(200, depth, dtype=torch.float16)
-    for config in (None, dataclasses.replace(products.CONFIGS[0, "half", 64], blocks=4)):
+    for config in (None, dataclasses.replace(CONFIGS[0, "half", 64], blocks=4)):
         y = gemm(x, weight, config=config)
         assert_close(y[-200:], reference.linear(x[-200:], weight))
     assert_close(norm(x, None, None, "rmsnorm", 1e-5)[-200:], reference.norm(x[-200:], None))

@@ -23,7 +23,7 @@ from tp_attention.comm import TPGroup
 DTYPE = torch.bfloat16
 GEMM = "gemm alone"  # the projection by cuBLAS without any sum: what the sum comes on top of, and no peer
 ONE_SHOT_MOST = 16 << 20  # bytes: torch's one shot is for small tensors
-NORM_COLUMNS, NORM_MOST = 4096, 1 << 20  # of the row with residual and norm, and up to how many bytes
+NORM_COLUMNS, NORM_MOST = (4096, 8192), 1 << 20  # of rows with residual and norm, and up to how many bytes
 LINK_COPIES = 10
 
 
@@ -129,8 +129,8 @@ def all_reduce(nbytes: int, group: TPGroup, symmetric: Symmetric | None) -> list
             if way != chosen:
                 call = forced(way)
                 contenders.append(Contender(f"{OURS} {way}", [call], _fresh(call, out), truth, rounded, False))
-        if nbytes <= NORM_MOST and numel % NORM_COLUMNS == 0:
-            contenders.append(_with_norm(x, rounded, group))
+        if nbytes <= NORM_MOST:
+            contenders += [_with_norm(x, rounded, group, width) for width in NORM_COLUMNS if numel % width == 0]
     own = x.clone()
     contenders.append(Contender(group.backend, [backend], _fresh(backend, own, x), truth))
     if symmetric is not None:
@@ -151,12 +151,12 @@ def _fresh(call: Callable[[], Tensor], target: Tensor, source: Tensor | None = N
     return run
 
 
-def _with_norm(x: Tensor, total: Tensor, group: TPGroup) -> Contender:
-    """The sum, + residual, and the RMSNorm of that, in one launch. total: the sum."""
+def _with_norm(x: Tensor, total: Tensor, group: TPGroup, columns: int) -> Contender:
+    """The sum, + residual, and the RMSNorm of that, in one launch, for rows of so many columns. total: the sum."""
     assert group.symmetric is not None
-    inboxes, rows, device = group.symmetric.inboxes, x.view(-1, NORM_COLUMNS), group.device
+    inboxes, rows, device = group.symmetric.inboxes, x.view(-1, columns), group.device
     residual = draw(1, group.size, device, *rows.shape)  # the same on every rank
-    weight = 1 + draw(2, group.size, device, NORM_COLUMNS, scale=0.1)
+    weight = 1 + draw(2, group.size, device, columns, scale=0.1)
     norm = comm.Norm("rmsnorm", weight)
     both = torch.empty((2, *rows.shape), dtype=x.dtype, device=device)
     y, normed = both.unbind(0)
@@ -168,7 +168,7 @@ def _with_norm(x: Tensor, total: Tensor, group: TPGroup) -> Contender:
     expected = (total.view_as(rows).float() + residual.float()).to(x.dtype)
     after = reference.norm(expected, weight, None, norm.kind, norm.eps)
     truth = torch.stack((expected.double(), after.double()))
-    return Contender(f"{OURS} + residual + RMSNorm", [call], _fresh(call, both), truth, None, False)
+    return Contender(f"{OURS} + residual + RMSNorm {columns}", [call], _fresh(call, both), truth, None, False)
 
 
 def projection(rows: int, width: int, group: TPGroup, symmetric: Symmetric | None) -> list[Contender]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tests.kernels.launches import Launch
-from tp_attention.kernels import gemm as products
 from tp_attention.kernels.gemm import Others, gemm
+from tp_attention.kernels.gemm_tiles import CONFIGS
 from tp_attention.kernels.norm import norm
 from tp_attention.kernels.rope import qk_norm_rope_
 
@@ -32,7 +32,7 @@ def _gemm(
 
 def _safe(kind: str) -> dict[str, Any]:
     """The table's entry for a GPU it does not know."""
-    return {"config": next(config for key, config in products.CONFIGS.items() if key[:2] == (0, kind))}
+    return {"config": next(config for key, config in CONFIGS.items() if key[:2] == (0, kind))}
 
 
 def _norm(columns: int, kind: str, dtype: torch.dtype = torch.bfloat16, rows: int = 4096) -> Callable[[], object]:

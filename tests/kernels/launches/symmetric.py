@@ -53,13 +53,16 @@ LAUNCHES = {
     **{f"partial sums of {ranks}": Launch(one_shot(ranks, splits=4), polls=True) for ranks in (2, 8)},
     **{
         f"partial sums of {ranks}, bias, residual, rmsnorm {columns}": Launch(
-            one_shot(ranks, 64, columns, splits=4, bias=True, residual=True, norm="rmsnorm")
+            one_shot(ranks, 64, columns, splits=4, bias=True, residual=True, norm="rmsnorm"),
+            cluster=True,
         )
         for ranks, columns in ((2, 4096), (2, 8192), (2, 16384), (4, 4096), (4, 8192), (8, 4096))
     },
-    "residual and rmsnorm": Launch(one_shot(2, residual=True, norm="rmsnorm"), polls=True),
-    "bias and layernorm fp32": Launch(one_shot(2, 4, 8192, FP32, bias=True, norm="layernorm")),
-    "residual and layernorm of 8": Launch(one_shot(8, 4, 4096, residual=True, norm="layernorm")),
+    "residual and rmsnorm": Launch(one_shot(2, residual=True, norm="rmsnorm"), polls=True, cluster=True),
+    "residual and rmsnorm of many rows": Launch(one_shot(2, 300, residual=True, norm="rmsnorm"), cluster=True),
+    "rmsnorm of a short row": Launch(one_shot(2, columns=500, norm="rmsnorm")),
+    "bias and layernorm fp32": Launch(one_shot(2, 4, 8192, FP32, bias=True, norm="layernorm"), cluster=True),
+    "residual and layernorm of 8": Launch(one_shot(8, 4, 4096, residual=True, norm="layernorm"), cluster=True),
     **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
     "two shots fp32": Launch(two_shot(4, FP32), polls=True),
 }
