@@ -35,7 +35,7 @@ class Config:
     warps: int
 
 
-WORDS_OF_A_WARP = 128  # with fewer, several warps would hold the same, or load less than 16 bytes a thread
+WORDS_OF_A_WARP = 128  # 16 bytes a thread; half as many where it has those of four ranks and more
 PROGRAM = Config(2048, 4)  # the best, or within 2% of it, at every size and of both kernels
 
 
@@ -98,7 +98,7 @@ class Inboxes:
         if norm is not None:
             step = min(step, MOST_ROWS * row)
             cluster, block = self._parts(row, words)
-            warps = config.warps if config else max(1, min(16, block // WORDS_OF_A_WARP))
+            warps = config.warps if config else max(1, min(16, block // WORDS_OF_A_WARP * (1 if self.size < 4 else 2)))
         else:
             config = config or PROGRAM
             cluster, block, warps = 1, config.nbytes // WORD, config.warps

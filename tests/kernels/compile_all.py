@@ -37,9 +37,7 @@ def main(architecture: int, wanted: list[str]) -> None:
                         faults.append(f"{feature} is {'missing' if needed else 'used'}")
                 if launch.setmaxnreg and not all(k.setmaxnreg for k in target.kernels):
                     faults.append("setmaxnreg is missing")
-                if launch.cluster and not all(
-                    "mapa.shared::cluster" in k.ptx and "vote.sync" in k.ptx for k in target.kernels
-                ):
+                if launch.cluster and not all(k.cluster for k in target.kernels):
                     faults.append("no sum over a cluster")
                 if launch.moving:
                     faults += [f"a bound stands still: {line}" for k in target.kernels for line in k.fixed_bounds()]

@@ -16,7 +16,7 @@ class Launch:
     kernels: at most so many may be compiled for it. setmaxnreg: on sm_90 its warpgroups must share out registers.
     moving: no loop within a loop may run to a bound from outside of both, which Triton makes of a carried one. polls:
     what waits for another GPU's values must look at 16 bytes at a time. cluster: on sm_90 its programs must add up in
-    clusters, and warps decide as one whether all has come.
+    clusters.
     """
 
     call: Callable[[], object]
