@@ -23,7 +23,7 @@ from tp_attention.comm.symmetric.inbox import Inboxes
 from tp_attention.kernels import configs
 from tp_attention.kernels.gemm import Others
 
-STAGE_BYTES = 128 << 20  # of every rank: as much of a result goes at once
+STAGE_BYTES = 128 << 20  # of every rank: results of up to size / (size - 1) times as much go at once
 TILE = 128, 256  # rows and columns that an SM multiplies at a time
 OVERLAP_BYTES = 32 << 20  # of the result, from where on this is worth its barriers
 CHUNKS = 4  # at most, of each rank's rows: more of them hide more, and cost a barrier each

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is built for Linux alone")
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+
 from tp_attention.kernels import launch as launching
+
+
+class Metadata(NamedTuple):
+    target: GPUTarget
+    num_warps: int
+    num_ctas: int
+    shared: int
 
 
 class Kernel:
@@ -34,6 +44,12 @@ class Kernel:
 
         return compile_and_launch
 
+    def warmup(self, *args: Any, grid: tuple[int, ...], **keywords: Any) -> Any:
+        self.metadata = Metadata(
+            target=GPUTarget("cuda", 90, 32), num_warps=keywords["num_warps"], num_ctas=1, shared=64
+        )
+        return SimpleNamespace(**vars(self[grid](*args, **keywords)), metadata=self.metadata)
+
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
@@ -42,9 +58,19 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return Kernel()
 
 
-def call(kernel: Kernel, x: torch.Tensor, size: int = 5, count: int = 5, flag: Any = False, **options: Any) -> int:
+def call(
+    kernel: Kernel,
+    x: torch.Tensor,
+    size: int = 5,
+    count: int = 5,
+    flag: Any = False,
+    *,
+    grid: tuple[int, ...] = (3, 2),
+    cluster: int = 1,
+    **options: Any,
+) -> int:
     constexprs = {"BLOCK": 16, "FLAG": flag}
-    launching._launch(kernel, (3, 2), (x, size, count), constexprs, options or {"num_warps": 4}, 0)
+    launching._launch(kernel, grid, (x, size, count), constexprs, options or {"num_warps": 4}, cluster, 0)
     return kernel.compiled
 
 
@@ -63,6 +89,8 @@ def test_what_triton_tells_apart_is_compiled_apart(kernel: Kernel) -> None:
         {"x": None},
         {"flag": True},
         {"num_warps": 8},
+        {"grid": (4, 2), "cluster": 4},
+        {"grid": (8, 2), "cluster": 8},
     ):
         expected += 1
         for _ in range(2):
@@ -80,9 +108,21 @@ def test_the_second_launch_has_grid_stream_and_every_argument(kernel: Kernel) ->
     assert values[-5] is x and values[-4:] == (9, 5, 16, False)
 
 
+def test_clusters_are_launched_from_the_first_time_on(kernel: Kernel) -> None:
+    """Triton's launcher makes them of num_ctas, by which it multiplies the grid."""
+    for _ in range(2):
+        call(kernel, torch.zeros(4), grid=(8, 5), cluster=4)
+    assert kernel.compiled == 1 and len(kernel.launched) == 2
+    backend = make_backend(kernel.metadata.target)
+    for values in kernel.launched:
+        assert values[:3] == (2, 5, 1)
+        assert values[5] == backend.pack_metadata(kernel.metadata._replace(num_ctas=4))
+        assert values[5] != backend.pack_metadata(kernel.metadata)
+
+
 def test_constants_out_of_order_are_refused(kernel: Kernel) -> None:
     with pytest.raises(TypeError, match="takes"):
-        launching._launch(kernel, (1,), (torch.zeros(1), 1, 1), {"FLAG": True, "BLOCK": 16}, {}, 0)
+        launching._launch(kernel, (1,), (torch.zeros(1), 1, 1), {"FLAG": True, "BLOCK": 16}, {}, 1, 0)
 
 
 def test_an_empty_grid_launches_nothing(kernel: Kernel) -> None:
