@@ -35,7 +35,7 @@ class Config:
     warps: int
 
 
-WORDS_OF_A_WARP = 128  # 16 bytes a thread; half as many where it has those of four ranks and more
+WORDS_OF_A_WARP = 128  # 16 bytes a thread; half as many where it also has those of three ranks and more
 PROGRAM = Config(2048, 4)  # the best, or within 2% of it, at every size and of both kernels
 
 
@@ -98,7 +98,7 @@ class Inboxes:
         if norm is not None:
             step = min(step, MOST_ROWS * row)
             cluster, block = self._parts(row, words)
-            warps = config.warps if config else max(1, min(16, block // WORDS_OF_A_WARP * (1 if self.size < 4 else 2)))
+            warps = config.warps if config else max(1, min(16, block // WORDS_OF_A_WARP * (1 if self.size < 3 else 2)))
         else:
             config = config or PROGRAM
             cluster, block, warps = 1, config.nbytes // WORD, config.warps
@@ -142,7 +142,10 @@ class Inboxes:
             self._launch(two_shot_kernel, grid, args, constexprs, x.dtype, block, config.warps)
 
     def _parts(self, row: int, words: int) -> tuple[int, int]:
-        """How many programs share a row to norm, and how many words of it each has, of a tensor of so many."""
+        """How many programs share a row to norm, and how many words of it each has, of a tensor of so many.
+
+        So a norm's last bit may depend on the number of rows beside it.
+        """
         most = CLUSTER if configs.architecture(self.device) == 90 else 1
         part = PART if words > FEW else PART // 2
         programs = min(most, triton.next_power_of_2(triton.cdiv(row, part)))

@@ -143,14 +143,6 @@ def _own(p_x, start, end, words, SPLITS: tl.constexpr, DTYPE: tl.constexpr, BLOC
 
 
 @triton.jit
-def _row_sum(b_x, room, INDEX: tl.constexpr, CLUSTER: tl.constexpr):
-    if CLUSTER > 1:
-        return cluster.sum(b_x, room, INDEX, CLUSTER)
-    else:
-        return tl.sum(b_x)
-
-
-@triton.jit
 def one_shot_kernel(
     p_x,  # [words], or fp32 [SPLITS, values]; the other tensors are words too
     p_bias,  # [row]
@@ -186,9 +178,8 @@ def one_shot_kernel(
 
     What one SM can load and store in time is little, so rows to norm are parted among the programs of a cluster.
     """
-    room = 0
     if CLUSTER > 1:
-        room = cluster.begin(CLUSTER)
+        room = cluster.begin()
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
     i_row = tl.program_id(1).to(tl.int64)  # 0 without a norm
     o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -223,8 +214,10 @@ def one_shot_kernel(
         b_y, m_y = b_y.to(DTYPE).to(tl.float32), m[:, None]
         size = row * b_y.shape[1]
         if NORM == 2:
-            b_y -= _row_sum(tl.where(m_y, b_y, 0.0), room, 0, CLUSTER) / size
-        b_y *= tl.rsqrt(_row_sum(tl.where(m_y, b_y * b_y, 0.0), room, 1, CLUSTER) / size + eps)
+            total = tl.sum(tl.where(m_y, b_y, 0.0))
+            b_y -= (cluster.sum(total, room, 0) if CLUSTER > 1 else total) / size
+        total = tl.sum(tl.where(m_y, b_y * b_y, 0.0))
+        b_y *= tl.rsqrt((cluster.sum(total, room, 1) if CLUSTER > 1 else total) / size + eps)
         if HAS_NORM_WEIGHT:
             if NORM == 1:
                 b_y = b_y.to(DTYPE).to(tl.float32)  # as functional.norm, and Hugging Face's Llama

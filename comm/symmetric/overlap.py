@@ -1,9 +1,9 @@
 """A projection of many tokens and its sum over the ranks, the one behind the other.
 
-Rank r sums rows of its own, `owned` of them. Everyone multiplies the other ranks' rows first, chunk by chunk, while
-copy engines, which take no SM, bring each chunk to its owner. Then its own rows: the product's last step adds what has
-come, and copy engines fetch every rank's sums. Over a link go 2 (size - 1) / size times the result, as little as an
-all-reduce can do with, and all but the last chunk of it under the products.
+Rank r sums rows of its own, `owned` of them. Everyone multiplies the other ranks' rows first, half of their chunks at a
+time, while copy engines, which take no SM, bring them to their owner. Then its own rows, chunk by chunk: the product's
+last step adds what has come, and copy engines fetch every rank's sums. Over a link go 2 (size - 1) / size times the
+result, as little as an all-reduce can do with, and all but the last chunk of it under the products.
 
 Ranks meet in one-word sums on the stream of the products. A rank's stage holds the other ranks' parts of its rows, by
 who sent them; in the place of the first ones come the sums, which the others read.

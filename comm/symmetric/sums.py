@@ -26,8 +26,8 @@ ONE_SHOT_BYTES = {2: None, 3: 480 << 10, 4: 208 << 10, 5: 128 << 10, 6: 96 << 10
 class SymmetricSums:
     """all_reduce and the projection before it, for fp32, fp16 and bf16 on `size` GPUs of one host.
 
-    stages: memory of every rank that the others bring parts of projections to, uint8 (overlap.py). way: "one_shot",
-    "two_shot" or "auto", which chooses by size. keep: what must live as long as the memory.
+    stages: memory of every rank that the others bring parts of projections to and read sums from, uint8 (overlap.py).
+    way: "one_shot", "two_shot" or "auto", which chooses by size. keep: what must live as long as the memory.
 
     Streams: a call waits for the latest one, on whatever stream that was. Calls that are captured in a graph are
     ordered by the graph, and whoever replays it on one stream and calls on another must order those. A graph holds the

@@ -37,8 +37,8 @@ def main(architecture: int, wanted: list[str]) -> None:
                         faults.append(f"{feature} is {'missing' if needed else 'used'}")
                 if launch.setmaxnreg and not all(k.setmaxnreg for k in target.kernels):
                     faults.append("setmaxnreg is missing")
-                if launch.cluster and not all(k.cluster for k in target.kernels):
-                    faults.append("no sum over a cluster")
+                if launch.cluster is not None and any(k.cluster != launch.cluster for k in target.kernels):
+                    faults.append(f"sums over a cluster are {'missing' if launch.cluster else 'used'}")
                 if launch.moving:
                     faults += [f"a bound stands still: {line}" for k in target.kernels for line in k.fixed_bounds()]
             if len(target.kernels) > launch.kernels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from tp_attention import eager, reference
 
 pytest.importorskip("triton", reason="triton is built for Linux alone")
 
-from tp_attention.kernels.gemm import Others, gemm
-from tp_attention.kernels.gemm_tiles import CONFIGS, Config, tile_width
+from tp_attention.kernels.gemm import CONFIGS, Config, Others, gemm, tile_width
 from tp_attention.kernels.norm import Config as NormConfig
 from tp_attention.kernels.norm import norm
 from tp_attention.kernels.rope import qk_norm_rope_
@@ -137,6 +137,29 @@ def test_part_of_a_sum(
         assert_close(y, exact)
     else:
         assert torch.equal(y, expected.to(dtype))
+
+
+def test_what_is_added_fits() -> None:
+    x, weight, parts = randn(8, 16), randn(24, 16), randn(2, 8, 24)
+    wrong: Any
+    for wrong, message in (
+        ({"residual": randn(8, 23)}, r"residual is \[8, 23\].*contiguous \[8, 24\]"),
+        ({"residual": randn(24, 8).T}, r"residual is \[8, 24\] with strides \(1, 8\)"),
+        ({"others": Others(0, randn(2, 7, 24))}, r"part is \[7, 24\]"),
+        ({"others": Others(0, parts, randn(8, 1))}, r"copy is \[8, 1\]"),
+        ({"others": Others(3, parts)}, "rank 3 is none of 3; use 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gemm(x, weight, **wrong)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_no_rows(tma: bool) -> None:
+    """Some rank's last chunk, where a sum's rows are shared out; a tile load of nothing cannot be described."""
+    config = dataclasses.replace(SMALL, tma=tma, tail=0)
+    x, weight, parts = randn(0, 64, dtype=HALVES[0]), randn(64, 64, dtype=HALVES[0]), randn(1, 0, 64, dtype=HALVES[0])
+    out = parts[0]
+    assert gemm(x, weight, out=out, others=Others(0, parts), config=config) is out
 
 
 @PROPERTY

@@ -128,3 +128,9 @@ def test_constants_out_of_order_are_refused(kernel: Kernel) -> None:
 def test_an_empty_grid_launches_nothing(kernel: Kernel) -> None:
     launching.launch(kernel, (4, 0), torch.device("cpu"), (), {})
     assert kernel.compiled == 0
+
+
+def test_a_grid_is_whole_clusters(kernel: Kernel) -> None:
+    with pytest.raises(ValueError, match="a grid of 6 programs is no whole number of clusters of 4"):
+        launching.launch(kernel, (6, 2), torch.device("cpu"), (), {}, cluster=4)
+    assert kernel.compiled == 0

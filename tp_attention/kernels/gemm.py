@@ -1,4 +1,4 @@
-"""y = x @ weightᵀ + bias for more than 64 rows.
+"""y = x @ weightᵀ + bias + residual for more than 64 rows, or the sum of such products over ranks.
 
 A program per SM walks over tiles, in groups of rows so that what neighbours read is still in the L2. On Hopper operands
 and results go through the hardware's tile loads and stores, and one product is always in flight while the next step's
@@ -6,6 +6,12 @@ operands arrive. Tiles of 128 x 256 in 8 warps take 167 registers (128 of them s
 3 stages, and half a tile on its way out. There the loops over tiles and over K are flattened into one: a tile is stored
 while the next one's first operands are loaded. Warp specialisation is not to be had (8 warps: ignored; 4: Triton 3.6
 and 3.7 fail to compile these loops).
+
+Few rows make few tiles, and a last wave that is half empty costs as much as a full one. So tiles come in several
+widths, 192 and 160 among them (a tail of 64 or 32 columns has sums of its own), and the launcher takes the width whose
+waves cover the smallest area: M 512, N 6144 is 128 tiles of 192 columns, one wave of 132 SMs. A tail and flattened
+loops do not go together: ptxas then waits for every single product. There are 5 widths, so at most 5 kernels to
+compile for a weight and what is added, whatever the values of M.
 
 Where the product is one rank's part of a sum, and the other parts lie here (comm/symmetric/overlap.py), they are added
 before a tile is stored, half a tile at a time: that saves the sum a reading and a writing, and a kernel.
@@ -17,6 +23,7 @@ first. Limit: K is not split, so few rows and columns (M 128, N 4096) leave SMs 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +34,51 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_attention.kernels import configs
-from tp_attention.kernels.gemm_tiles import CONFIGS, Config, tile_width
 from tp_attention.kernels.launch import launch
 
+
+@dataclass(frozen=True)
+class Config:
+    """A tile has block_m rows and block_n + tail columns. store: columns that are stored at a time.
+
+    blocks: programs per SM. group_m: tiles of rows done for one tile of columns before the next. tma: tile loads and
+    stores where alignment allows. flatten: one loop over all steps of all tiles.
+    """
+
+    block_m: int
+    block_n: int
+    tail: int
+    block_k: int
+    warps: int
+    stages: int
+    blocks: int = 1
+    group_m: int = 8
+    store: int = 128
+    tma: bool = False
+    flatten: bool = False
+
+
+# (architecture, what the weights are, columns of a tile)
+CONFIGS = {
+    (90, "half", 256): Config(128, 256, 0, 64, 8, 3, group_m=16, tma=True, flatten=True),
+    (90, "half", 192): Config(128, 128, 64, 64, 8, 4, tma=True),
+    (90, "half", 160): Config(128, 128, 32, 64, 8, 5, group_m=16, tma=True),
+    (90, "half", 128): Config(128, 128, 0, 64, 8, 5, group_m=16, tma=True),
+    (90, "half", 64): Config(128, 64, 0, 64, 4, 6, tma=True, flatten=True),
+    (90, "int8", 128): Config(256, 128, 0, 64, 8, 4, tma=True),
+    (90, "int8", 64): Config(128, 64, 0, 64, 4, 3, blocks=2, group_m=16, tma=True),
+    (90, "float32", 64): Config(64, 64, 0, 16, 4, 3, blocks=2),
+    (80, "half", 128): Config(128, 128, 0, 32, 8, 4, blocks=2),
+    (80, "half", 64): Config(128, 64, 0, 32, 4, 4, blocks=2),
+    (80, "int8", 128): Config(128, 128, 0, 64, 8, 3),
+    (80, "float32", 64): Config(64, 64, 0, 16, 4, 3, blocks=2),
+    (0, "half", 64): Config(64, 64, 0, 32, 4, 3, blocks=2),
+    (0, "int8", 64): Config(64, 64, 0, 64, 4, 3, blocks=2),
+    (0, "float32", 64): Config(64, 64, 0, 16, 4, 2, blocks=2),
+}
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 POINTER_STORE = 32  # columns stored at a time through pointers, which take two registers each
+TILE_COST = 32  # what a tile costs beyond its columns (it is filled and drained once), in columns
 MOST_PARTS = 5  # ranks' parts, this one's among them, that registers hold beside a block of `store` columns
 
 
@@ -200,6 +247,9 @@ def gemm(
     (rows, depth), columns = x.shape, weight.shape[1 if transposed else 0]
     if out is None:
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    _check_added(residual, others, (rows, columns))
+    if not rows or not columns:
+        return out
     if weight.stride(0) == 1 != weight.stride(1):
         weight, transposed = weight.T, not transposed
     if weight_scale is None:  # a copy costs less than loads of an element at a time
@@ -232,8 +282,9 @@ def gemm(
     if group:  # x must be masked past the end of a group; tiles are to start at multiples of 16 bytes
         x_tma, w_tma = x_tma and even, w_tma and group % 16 == 0
     ranks = len(others.parts) + 1 if others else 0
-    store = config.store if out_tma else POINTER_STORE
-    store = min(block_n, store if ranks <= MOST_PARTS else store // 2)
+    store = min(block_n, config.store if out_tma else POINTER_STORE)
+    if ranks > MOST_PARTS:
+        store = max(store // 2, tail)
     pdl = architecture == 90
     tiles = -(-rows // block_m) * -(-columns // (block_n + tail))
 
@@ -262,10 +313,36 @@ def gemm(
     return out
 
 
+@functools.lru_cache(4096)
+def tile_width(rows: int, columns: int, architecture: int, kind: str, processors: int) -> int:
+    """The width in CONFIGS whose waves of tiles, one per SM, cover the smallest area."""
+    if (architecture, kind) not in {key[:2] for key in CONFIGS}:
+        architecture = 0
+
+    def cost(width: int) -> int:
+        config = CONFIGS[architecture, kind, width]
+        tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, width)
+        return triton.cdiv(tiles, processors) * config.block_m * (width + TILE_COST)
+
+    return min((width for a, k, width in CONFIGS if (a, k) == (architecture, kind)), key=cost)
+
+
 def _aligned(matrix: Tensor) -> bool:
     """Tile loads want unit stride within a row, and rows that start at multiples of 16 bytes."""
     row, column = matrix.stride()
     return column == 1 and row > 0 and matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
+
+
+def _check_added(residual: Tensor | None, others: Others | None, shape: tuple[int, int]) -> None:
+    """The kernel takes it to lie as it should. Raises ValueError where it does not."""
+    parts = [] if others is None else [*others.parts]
+    for name, added in (("residual", residual), ("copy", others and others.copy), *(("part", part) for part in parts)):
+        if added is not None and (added.shape != shape or not added.is_contiguous()):
+            raise ValueError(
+                f"{name} is {list(added.shape)} with strides {added.stride()}; use contiguous {list(shape)}"
+            )
+    if others is not None and not 0 <= others.rank <= len(parts):
+        raise ValueError(f"rank {others.rank} is none of {len(parts) + 1}; use 0 to {len(parts)}")
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -36,8 +36,10 @@ def launch(
 
     args: the kernel's parameters before its constexprs, in order. constexprs: all of these, in order. cluster: so many
     programs, neighbours in the grid's first dimension, form a thread block cluster (from Hopper on). Unlike Triton's
-    num_ctas it leaves them programs of their own.
+    num_ctas it leaves them programs of their own. Raises ValueError for a grid that is no whole number of clusters.
     """
+    if grid[0] % cluster:
+        raise ValueError(f"a grid of {grid[0]} programs is no whole number of clusters of {cluster}")
     if 0 in grid:
         return
     if device.type != "cuda" or configs.interpreted():  # or a test that compiles for a GPU which is not here

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tests.kernels.launches import Launch
-from tp_attention.kernels.gemm import Others, gemm
-from tp_attention.kernels.gemm_tiles import CONFIGS
+from tp_attention.kernels import configs
+from tp_attention.kernels.gemm import CONFIGS, Others, gemm
 from tp_attention.kernels.norm import norm
 from tp_attention.kernels.rope import qk_norm_rope_
 
@@ -50,6 +51,16 @@ def _summed(ranks: int, rows: int = 4096, columns: int = 8192, **keywords: Any) 
     return _gemm(rows, columns, 4096, others=others, residual=_empty(rows, columns), **keywords)
 
 
+def _stored(rows: int, columns: int, width: int, store: int) -> Callable[[], object]:
+    """A sum of 8 with the table's entry as autotune may have it: so many columns are stored at a time."""
+
+    def call() -> None:
+        config = CONFIGS.get((configs.architecture(torch.device("meta")), "half", width))
+        _summed(8, rows, columns, config=config and dataclasses.replace(config, store=store))()
+
+    return call
+
+
 def _summed_in_place() -> None:
     parts = _empty(1, 4096, 8192)
     gemm(_empty(4096, 4096), _empty(8192, 4096), out=parts[0], others=Others(1, parts, _empty(4096, 8192)))
@@ -73,6 +84,9 @@ LAUNCHES = {
     "fp32 transposed": Launch(_gemm(4096, 6144, 4096, torch.float32, transposed=True)),
     **{f"sum of {ranks}": Launch(_summed(ranks), wgmma=True, tma=True) for ranks in (2, 5, 8)},
     "sum of 2, 192 columns": Launch(_summed(2, 512, 6144), wgmma=True, tma=True),
+    "sum of 8, 192 columns": Launch(_summed(8, 512, 6144), wgmma=True, tma=True),
+    "sum of 8, 128 columns": Launch(_stored(264, 4224, 128, 256), wgmma=True, tma=True),
+    "sum of 8, 192 columns, 64 at a time": Launch(_stored(512, 6144, 192, 64), wgmma=True, tma=True),
     "sum of 2 in place": Launch(_summed_in_place, wgmma=True, tma=True),
     "sum of 2, int8": Launch(_summed(2, group=128), wgmma=True, tma=True),
     "safe": Launch(_gemm(4096, 6144, 4096, **_safe("half"))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from tests.kernels.launches import Launch
 from tp_attention.comm.norm import Norm
 from tp_attention.comm.symmetric.inbox import INBOX_BYTES, Inboxes
-from tp_attention.comm.symmetric.overlap import Overlap
+from tp_attention.comm.symmetric.overlap import STAGE_BYTES, Overlap
+from tp_attention.kernels.gemm import gemm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -44,6 +46,20 @@ def two_shot(ranks: int, dtype: torch.dtype = BF16) -> Callable[[], object]:
     return lambda: inboxes(ranks).two_shot(meta(1 << 22, dtype=dtype), meta(1 << 22, dtype=dtype))
 
 
+def projection(ranks: int, rows: int, **keywords: Any) -> Callable[[], object]:
+    """As the last rank sees it, which may have a chunk without rows."""
+
+    def call() -> None:
+        own = Inboxes(ranks - 1, [meta(INBOX_BYTES, dtype=torch.uint8)] * ranks, patience=1_000_000)
+        multiply = functools.partial(gemm, weight=meta(8192, 4096))
+        out = meta(rows, 8192)
+        Overlap(own, [meta(STAGE_BYTES, dtype=torch.uint8)] * ranks).project(
+            multiply, meta(rows, 4096), out, keywords.get("bias"), keywords.get("residual")
+        )
+
+    return call
+
+
 LAUNCHES = {
     **{f"one shot of {ranks}": Launch(one_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
     "one shot fp16": Launch(one_shot(2, dtype=FP16), polls=True),
@@ -60,9 +76,14 @@ LAUNCHES = {
     },
     "residual and rmsnorm": Launch(one_shot(2, residual=True, norm="rmsnorm"), polls=True, cluster=True),
     "residual and rmsnorm of many rows": Launch(one_shot(2, 300, residual=True, norm="rmsnorm"), cluster=True),
-    "rmsnorm of a short row": Launch(one_shot(2, columns=500, norm="rmsnorm")),
+    "rmsnorm of a short row": Launch(one_shot(2, columns=500, norm="rmsnorm"), cluster=False),
     "bias and layernorm fp32": Launch(one_shot(2, 4, 8192, FP32, bias=True, norm="layernorm"), cluster=True),
     "residual and layernorm of 8": Launch(one_shot(8, 4, 4096, residual=True, norm="layernorm"), cluster=True),
     **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
+    "projection": Launch(projection(2, 8192), kernels=4),
+    "projection of rows that do not share out": Launch(projection(2, 8193), kernels=4),
+    "projection of 8, bias, residual": Launch(
+        projection(8, 8193, bias=meta(8192), residual=meta(8193, 8192)), kernels=4
+    ),
     "two shots fp32": Launch(two_shot(4, FP32), polls=True),
 }
