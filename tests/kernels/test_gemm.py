@@ -36,6 +36,13 @@ FEW = 16  # values, at least: of fewer the largest, which errors are a fraction 
 SMALL = Config(64, 64, 32, 64, 4, 2, group_m=2, store=32)
 
 
+def small(dtype: torch.dtype, tma: bool, flatten: bool = False) -> Config:
+    """What of it a dtype takes: fp32 has no tile loads, and without these there is no tail."""
+    if dtype == torch.float32:
+        return dataclasses.replace(SMALL, flatten=flatten, tail=0, block_k=16)
+    return dataclasses.replace(SMALL, tma=tma, flatten=flatten, tail=SMALL.tail if tma else 0)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype)
 
@@ -76,9 +83,7 @@ def test_product(
         x = torch.nn.functional.pad(x, (0, 8))[:, :depth]
         wide = torch.full((rows, columns + 24), torch.nan, dtype=dtype, device=DEVICE)
         out = wide[:, 8 : 8 + columns]
-    config = dataclasses.replace(SMALL, tma=tma, flatten=flatten, tail=SMALL.tail if tma else 0)
-    if dtype == torch.float32:
-        config = dataclasses.replace(config, tma=False, tail=0, block_k=16)
+    config = small(dtype, tma, flatten)
     y = gemm(x, weight.T.contiguous() if transposed else weight, bias, transposed=transposed, out=out, config=config)
     assert y.dtype == dtype
     assert_close(y, expected)
@@ -116,9 +121,7 @@ def test_part_of_a_sum(
     x, weight = randn(rows, 40, dtype=dtype), randn(columns, 40, dtype=dtype)
     bias = randn(columns, dtype=dtype) if biased else None
     residual = randn(rows, columns, dtype=dtype) if added else None
-    config = dataclasses.replace(SMALL, tma=tma, tail=SMALL.tail if tma else 0)
-    if dtype == torch.float32:
-        config = dataclasses.replace(config, tma=False, tail=0, block_k=16)
+    config = small(dtype, tma)
     theirs = randn(ranks - 1, rows + 3, columns, dtype=dtype)[:, :rows]  # with gaps between them
     everyone = [*theirs.clone().unbind(0)]
     everyone.insert(rank, gemm(x, weight, config=config))

@@ -335,14 +335,15 @@ def _aligned(matrix: Tensor) -> bool:
 
 def _check_added(residual: Tensor | None, others: Others | None, shape: tuple[int, int]) -> None:
     """The kernel takes it to lie as it should. Raises ValueError where it does not."""
-    parts = [] if others is None else [*others.parts]
-    for name, added in (("residual", residual), ("copy", others and others.copy), *(("part", part) for part in parts)):
-        if added is not None and (added.shape != shape or not added.is_contiguous()):
-            raise ValueError(
-                f"{name} is {list(added.shape)} with strides {added.stride()}; use contiguous {list(shape)}"
-            )
-    if others is not None and not 0 <= others.rank <= len(parts):
-        raise ValueError(f"rank {others.rank} is none of {len(parts) + 1}; use 0 to {len(parts)}")
+    added = {"residual": residual}
+    if others is not None:
+        ranks = len(others.parts) + 1
+        if not 0 <= others.rank < ranks:
+            raise ValueError(f"rank {others.rank} is none of {ranks}; use 0 to {ranks - 1}")
+        added |= {"copy": others.copy, "part": others.parts[0]}  # the others lie like it
+    for name, each in added.items():
+        if each is not None and (each.shape != shape or not each.is_contiguous()):
+            raise ValueError(f"{name} is {list(each.shape)} with strides {each.stride()}; use contiguous {list(shape)}")
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

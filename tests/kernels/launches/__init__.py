@@ -15,8 +15,8 @@ class Launch:
 
     kernels: at most so many may be compiled for it. setmaxnreg: on sm_90 its warpgroups must share out registers.
     moving: no loop within a loop may run to a bound from outside of both, which Triton makes of a carried one. polls:
-    what waits for another GPU's values must look at 16 bytes at a time. cluster: whether on sm_90 its
-    programs must add up in clusters (None: either way).
+    what waits for another GPU's values must look at 16 bytes at a time. cluster: whether on sm_90 its programs must add
+    up in clusters (None: either way).
     """
 
     call: Callable[[], object]

@@ -22,8 +22,10 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def inboxes(ranks: int) -> Inboxes:
-    return Inboxes(ranks // 2, [meta(INBOX_BYTES, dtype=torch.uint8)] * ranks, patience=1_000_000)
+def inboxes(ranks: int, rank: int | None = None) -> Inboxes:
+    """Of a rank in the middle, unless another one is named."""
+    rank = ranks // 2 if rank is None else rank
+    return Inboxes(rank, [meta(INBOX_BYTES, dtype=torch.uint8)] * ranks, patience=1_000_000)
 
 
 def one_shot(
@@ -46,16 +48,14 @@ def two_shot(ranks: int, dtype: torch.dtype = BF16) -> Callable[[], object]:
     return lambda: inboxes(ranks).two_shot(meta(1 << 22, dtype=dtype), meta(1 << 22, dtype=dtype))
 
 
-def projection(ranks: int, rows: int, **keywords: Any) -> Callable[[], object]:
-    """As the last rank sees it, which may have a chunk without rows."""
+def projection(ranks: int, rows: int, *added: Tensor | None) -> Callable[[], object]:
+    """As the last rank sees it, which may have a chunk without rows. added: bias, residual."""
 
     def call() -> None:
-        own = Inboxes(ranks - 1, [meta(INBOX_BYTES, dtype=torch.uint8)] * ranks, patience=1_000_000)
         multiply = functools.partial(gemm, weight=meta(8192, 4096))
-        out = meta(rows, 8192)
-        Overlap(own, [meta(STAGE_BYTES, dtype=torch.uint8)] * ranks).project(
-            multiply, meta(rows, 4096), out, keywords.get("bias"), keywords.get("residual")
-        )
+        stages = [meta(STAGE_BYTES, dtype=torch.uint8)] * ranks
+        bias, residual = added or (None, None)
+        Overlap(inboxes(ranks, ranks - 1), stages).project(multiply, meta(rows, 4096), meta(rows, 8192), bias, residual)
 
     return call
 
@@ -82,8 +82,6 @@ LAUNCHES = {
     **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
     "projection": Launch(projection(2, 8192), kernels=4),
     "projection of rows that do not share out": Launch(projection(2, 8193), kernels=4),
-    "projection of 8, bias, residual": Launch(
-        projection(8, 8193, bias=meta(8192), residual=meta(8193, 8192)), kernels=4
-    ),
+    "projection of 8, bias, residual": Launch(projection(8, 8193, meta(8192), meta(8193, 8192)), kernels=4),
     "two shots fp32": Launch(two_shot(4, FP32), polls=True),
 }
