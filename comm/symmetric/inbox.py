@@ -22,8 +22,10 @@ INBOX_BYTES = 64 << 20  # of every rank; longer tensors go through it piece by p
 MOST_ROWS = 65535  # that a grid's second dimension holds
 MOST_NORM_WORDS = 16384  # of a row or a cluster's part of it, from every rank, that a program holds in its registers
 WORD = 4  # bytes, as in kernels.py
-CLUSTER = 8  # programs of a Hopper GPU at most that make a row's norm together
-PART, FEW = 512, 65536  # words of a row that one of these has; half as many where x has at most so few words
+CLUSTER = 8  # programs of a Hopper GPU at most that make a row's norm together, and twice as many of one with more SMs
+ROOM = 120  # than so: one of its at most 8 GPCs, which a cluster does not leave, then has 16
+PROGRAMS = 512  # of a GPU that run at the same time: each has as small a part of a row as makes no more of them
+PARTS = 128, 512  # words of a row, the least and the most of these
 ALIGNMENT = 64  # words: where a sender's part of an inbox may begin
 
 
@@ -35,7 +37,7 @@ class Config:
     warps: int
 
 
-WORDS_OF_A_WARP = 128  # 16 bytes a thread; half as many where it also has those of three ranks and more
+WORDS_OF_A_WARP = 256  # of a row; half as many where it also has those of three ranks and more
 PROGRAM = Config(2048, 4)  # the best, or within 2% of it, at every size and of both kernels
 
 
@@ -98,7 +100,7 @@ class Inboxes:
         if norm is not None:
             step = min(step, MOST_ROWS * row)
             cluster, block = self._parts(row, words)
-            warps = config.warps if config else max(1, min(16, block // WORDS_OF_A_WARP * (1 if self.size < 3 else 2)))
+            warps = config.warps if config else max(1, min(16, (1 if self.size < 3 else 2) * block // WORDS_OF_A_WARP))
         else:
             config = config or PROGRAM
             cluster, block, warps = 1, config.nbytes // WORD, config.warps
@@ -116,7 +118,7 @@ class Inboxes:
                 source if splits else source[part], rows[0], None if rest is None else rest[part], *rows[1:],
                 target[part], None if normed_words is None else normed_words[part],
                 self._state, *self._inboxes, count, row, self._half, _aligned(count),
-                norm.eps if norm else 0.0, self.patience,
+                1 / out.shape[-1] if norm else 0.0, norm.eps if norm else 0.0, self.patience,
             )  # fmt: skip
             grid = (cluster, count // row) if norm is not None else (triton.cdiv(count, block), 1)
             self._launch(one_shot_kernel, grid, args, constexprs, out.dtype, block, warps, cluster)
@@ -146,8 +148,11 @@ class Inboxes:
 
         So a norm's last bit may depend on the number of rows beside it.
         """
-        most = CLUSTER if configs.architecture(self.device) == 90 else 1
-        part = PART if words > FEW else PART // 2
+        most = 1
+        if configs.architecture(self.device) == 90:
+            most = CLUSTER if configs.multiprocessors(self.device) <= ROOM else 2 * CLUSTER
+        least, largest = PARTS
+        part = min(max(least, triton.next_power_of_2(triton.cdiv(words, PROGRAMS))), largest)
         programs = min(most, triton.next_power_of_2(triton.cdiv(row, part)))
         return programs, triton.next_power_of_2(triton.cdiv(row, programs))
 
@@ -163,7 +168,7 @@ class Inboxes:
         cluster: int = 1,
     ) -> None:
         pdl = configs.architecture(self.device) == 90
-        constexprs = constexprs | dict(PDL=pdl, TRAP=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
+        constexprs = constexprs | dict(PDL=pdl, PTX=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
         options = {"launch_pdl": True} if pdl else {}
         launch(kernel, grid, self.device, args, constexprs, cluster=cluster, num_warps=warps, **options)
 

@@ -26,12 +26,22 @@ from tp_attention.comm.symmetric import cluster
 
 _TRAP = tl.constexpr("trap; mov.u32 $0, $1;")
 
+# Two values at a time: ptxas, left to pair them, swaps the halves of every word to and fro. sm_80 adds and multiplies
+# bf16 as a * 1 + b and a * b - 0 alone.
+_ROUND_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+_ROUND_FP16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+_ADD_BF16 = tl.constexpr("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }")
+_MULTIPLY_BF16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
+_ADD_FP16, _MULTIPLY_FP16 = tl.constexpr("add.rn.f16x2 $0, $1, $2;"), tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+
 
 @triton.jit
 def _values(b_words, DTYPE: tl.constexpr):
     """[...] words -> [..., values in a word] fp32."""
     if DTYPE.primitive_bitwidth == 32:
         return tl.expand_dims(b_words.to(DTYPE, bitcast=True), -1)
+    elif DTYPE.is_bf16():  # the upper half of a float
+        return tl.join((b_words << 16).to(tl.float32, bitcast=True), (b_words & -65536).to(tl.float32, bitcast=True))
     else:
         b_low = b_words.to(tl.int16).to(DTYPE, bitcast=True)
         b_high = (b_words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
@@ -39,14 +49,37 @@ def _values(b_words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _words(b_values, DTYPE: tl.constexpr):
+def _words(b_values, PTX: tl.constexpr, DTYPE: tl.constexpr):
     """[BLOCK, values in a word] fp32 -> [BLOCK] words, rounded to DTYPE."""
     if DTYPE.primitive_bitwidth == 32:
         return tl.reshape(b_values, (b_values.shape[0],)).to(tl.int32, bitcast=True)
+    elif PTX:
+        ROUND: tl.constexpr = _ROUND_BF16 if DTYPE.is_bf16() else _ROUND_FP16
+        return tl.inline_asm_elementwise(ROUND, "=r,r,r", b_values.split(), tl.int32, is_pure=True, pack=1)
     else:
         b_low, b_high = tl.split(b_values.to(DTYPE))
         b_low, b_high = b_low.to(tl.int16, bitcast=True).to(tl.int32), b_high.to(tl.int16, bitcast=True).to(tl.int32)
         return b_low & 0xFFFF | b_high << 16
+
+
+@triton.jit
+def _added(b_a, b_b, PTX: tl.constexpr, DTYPE: tl.constexpr):
+    """[BLOCK] words, value by value, rounded to DTYPE."""
+    if PTX and DTYPE.primitive_bitwidth == 16:
+        ADD: tl.constexpr = _ADD_BF16 if DTYPE.is_bf16() else _ADD_FP16
+        return tl.inline_asm_elementwise(ADD, "=r,r,r", [b_a, b_b], tl.int32, is_pure=True, pack=1)
+    else:
+        return _words(_values(b_a, DTYPE) + _values(b_b, DTYPE), PTX, DTYPE)
+
+
+@triton.jit
+def _multiplied(b_a, b_b, PTX: tl.constexpr, DTYPE: tl.constexpr):
+    """As _added."""
+    if PTX and DTYPE.primitive_bitwidth == 16:
+        MULTIPLY: tl.constexpr = _MULTIPLY_BF16 if DTYPE.is_bf16() else _MULTIPLY_FP16
+        return tl.inline_asm_elementwise(MULTIPLY, "=r,r,r", [b_a, b_b], tl.int32, is_pure=True, pack=1)
+    else:
+        return _words(_values(b_a, DTYPE) * _values(b_b, DTYPE), PTX, DTYPE)
 
 
 @triton.jit
@@ -84,7 +117,7 @@ def _count(p_state, turn):
 
 
 @triton.jit
-def _received(p_in, m_in, p_state, patience, TRAP: tl.constexpr):
+def _received(p_in, m_in, p_state, patience, PTX: tl.constexpr):
     """The words at p_in once all of them have come; then they are emptied. Only where m_in."""
     b_in = tl.load(p_in, mask=m_in, other=0, volatile=True)
     missing = tl.max((b_in == -1).to(tl.int32))
@@ -95,7 +128,7 @@ def _received(p_in, m_in, p_state, patience, TRAP: tl.constexpr):
         looks += 1
     if missing > 0:  # a rank is dead or elsewhere: better an error than a wait for ever
         tl.store(p_state + 2, 1)
-        if TRAP & (patience > 0):
+        if PTX & (patience > 0):
             tl.inline_asm_elementwise(_TRAP, "=r,r", [missing], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()  # of a block smaller than the program several warps look at the same word
     tl.store(p_in, tl.full(b_in.shape, -1, tl.int32), mask=m_in)
@@ -105,17 +138,16 @@ def _received(p_in, m_in, p_state, patience, TRAP: tl.constexpr):
 @triton.jit
 def _summed(
     p_in, segment, o, m, b_own, p_state, patience, RANK: tl.constexpr, WORLD: tl.constexpr, RANKS: tl.constexpr,
-    TRAP: tl.constexpr, DTYPE: tl.constexpr,
+    PTX: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK] words -> [BLOCK, values in a word] fp32: the sum over the ranks, first to last, rounded to DTYPE."""
+    """[BLOCK] words: the sum over the ranks, first to last."""
     if WORLD == 2:
-        b_in = _received(p_in + o, m, p_state, patience, TRAP)
-        b_first, b_second = (b_own, b_in) if RANK == 0 else (b_in, b_own)
-        b_sum = _values(b_first, DTYPE) + _values(b_second, DTYPE)
+        b_in = _received(p_in + o, m, p_state, patience, PTX)
+        return _added(b_own, b_in, PTX, DTYPE)  # whichever is first
     else:
         o_rank = tl.arange(0, RANKS)[:, None]
         p_in += (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64) * segment + o[None, :]
-        b_in = _received(p_in, (o_rank != RANK) & (o_rank < WORLD) & m[None, :], p_state, patience, TRAP)
+        b_in = _received(p_in, (o_rank != RANK) & (o_rank < WORLD) & m[None, :], p_state, patience, PTX)
         b_in = tl.where(o_rank == RANK, b_own[None, :], b_in)
         for rank in tl.static_range(WORLD):
             b_row = tl.sum(tl.where(o_rank == rank, b_in, 0), 0)  # picks one row: the others are 0
@@ -123,11 +155,13 @@ def _summed(
                 b_sum = _values(b_row, DTYPE)
             else:
                 b_sum += _values(b_row, DTYPE)
-    return b_sum.to(DTYPE).to(tl.float32)
+        return _words(b_sum, PTX, DTYPE)
 
 
 @triton.jit
-def _own(p_x, start, end, words, SPLITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _own(
+    p_x, start, end, words, SPLITS: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """This rank's words from start on: as they are, or of fp32 partial sums [SPLITS, values] of a projection."""
     if SPLITS:
         PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
@@ -136,7 +170,7 @@ def _own(p_x, start, end, words, SPLITS: tl.constexpr, DTYPE: tl.constexpr, BLOC
         b_sum = tl.load(p_x + o, mask=m, other=0.0)
         for i in tl.static_range(1, SPLITS):
             b_sum += tl.load(p_x + i * words * PER + o, mask=m, other=0.0)
-        return _words(tl.reshape(b_sum, (BLOCK, PER)), DTYPE)
+        return _words(tl.reshape(b_sum, (BLOCK, PER)), PTX, DTYPE)
     else:
         o = start + tl.arange(0, BLOCK)
         return tl.load(p_x + o, mask=o < end, other=0)
@@ -157,6 +191,7 @@ def one_shot_kernel(
     row,  # words in a row
     half,  # words in half an inbox
     segment,  # words between the senders' parts of it
+    inverse,  # 1 / values in a row
     eps,
     patience,  # looks at words that have not come; if negative, giving up only sets p_state[2]
     RANK: tl.constexpr,
@@ -170,7 +205,7 @@ def one_shot_kernel(
     HAS_NORM_BIAS: tl.constexpr,
     CLUSTER: tl.constexpr,
     PDL: tl.constexpr,
-    TRAP: tl.constexpr,  # whether there is an instruction that ends the process's use of the GPU
+    PTX: tl.constexpr,  # whether this runs on a GPU, which knows more than Triton does
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -188,43 +223,56 @@ def one_shot_kernel(
     m = o < end
     turn, inbox = _begin(p_state, half, PDL)
     segment = tl.cast(segment, tl.int64)
-    b_own = _own(p_x, start, end, words, SPLITS, DTYPE, BLOCK)
+    b_own = _own(p_x, start, end, words, SPLITS, PTX, DTYPE, BLOCK)
     _send_round(inboxes, inbox + o, segment, b_own, m, RANK, WORLD)
     _count(p_state, turn)
 
     # What does not wait for the others is fetched while their values are on the way.
     if HAS_BIAS:
-        b_bias = _values(tl.load(p_bias + (o_row if NORM else o % row), mask=m, other=0), DTYPE)
+        b_bias = tl.load(p_bias + (o_row if NORM else o % row), mask=m, other=0)
     if HAS_RESIDUAL:
-        b_residual = _values(tl.load(p_residual + o, mask=m, other=0), DTYPE)
+        b_residual = tl.load(p_residual + o, mask=m, other=0)
     if HAS_NORM_WEIGHT:
-        b_norm_weight = _values(tl.load(p_norm_weight + o_row, mask=m, other=0), DTYPE)
-    if HAS_NORM_BIAS:
-        b_norm_bias = _values(tl.load(p_norm_bias + o_row, mask=m, other=0), DTYPE)
+        b_norm_weight = tl.load(p_norm_weight + o_row, mask=m, other=0)
     if CLUSTER > 1:
         cluster.meet(room)
 
-    b_y = _summed(inboxes[RANK] + inbox, segment, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
-    if HAS_BIAS:
-        b_y += b_bias
-    if HAS_RESIDUAL:
-        b_y += b_residual
-    tl.store(p_out + o, _words(b_y, DTYPE), mask=m)
+    b_out = _summed(inboxes[RANK] + inbox, segment, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, PTX, DTYPE)
+    if HAS_BIAS and HAS_RESIDUAL:  # rounded once
+        b_out = _words(_values(b_out, DTYPE) + _values(b_bias, DTYPE) + _values(b_residual, DTYPE), PTX, DTYPE)
+    elif HAS_BIAS:
+        b_out = _added(b_out, b_bias, PTX, DTYPE)
+    elif HAS_RESIDUAL:
+        b_out = _added(b_out, b_residual, PTX, DTYPE)
+    if CLUSTER == 1:
+        tl.store(p_out + o, b_out, mask=m)
     if NORM:
-        b_y, m_y = b_y.to(DTYPE).to(tl.float32), m[:, None]
-        size = row * b_y.shape[1]
+        if HAS_NORM_BIAS:  # only now that there are registers for it
+            b_norm_bias = tl.load(p_norm_bias + o_row, mask=m, other=0)
+        b_y = _values(b_out, DTYPE)  # 0 where not m
         if NORM == 2:
-            total = tl.sum(tl.where(m_y, b_y, 0.0))
-            b_y -= (cluster.sum(total, room, 0) if CLUSTER > 1 else total) / size
-        total = tl.sum(tl.where(m_y, b_y * b_y, 0.0))
-        b_y *= tl.rsqrt((cluster.sum(total, room, 1) if CLUSTER > 1 else total) / size + eps)
-        if HAS_NORM_WEIGHT:
-            if NORM == 1:
-                b_y = b_y.to(DTYPE).to(tl.float32)  # as functional.norm, and Hugging Face's Llama
-            b_y *= b_norm_weight
-        if HAS_NORM_BIAS:
-            b_y += b_norm_bias
-        tl.store(p_normed + o, _words(b_y, DTYPE), mask=m)
+            total = tl.sum(tl.sum(b_y, 1))
+            if CLUSTER > 1:
+                total = cluster.sum(cluster.send(total, room, 0))
+            b_y = tl.where(m[:, None], b_y - total * inverse, 0.0)
+        total = tl.sum(tl.sum(b_y * b_y, 1))
+        if CLUSTER > 1:
+            place = cluster.send(total, room, 1)
+            tl.store(p_out + o, b_out, mask=m)  # while that is on its way
+            total = cluster.sum(place)
+        b_y *= tl.rsqrt(total * inverse + eps)
+        # As in functional.norm and Hugging Face's Llama, what an RMSNorm multiplies is rounded.
+        if NORM == 1 and HAS_NORM_WEIGHT and not HAS_NORM_BIAS:
+            b_normed = _multiplied(_words(b_y, PTX, DTYPE), b_norm_weight, PTX, DTYPE)
+        else:
+            if HAS_NORM_WEIGHT:
+                if NORM == 1:
+                    b_y = b_y.to(DTYPE).to(tl.float32)
+                b_y *= _values(b_norm_weight, DTYPE)
+            if HAS_NORM_BIAS:
+                b_y += _values(b_norm_bias, DTYPE)
+            b_normed = _words(b_y, PTX, DTYPE)
+        tl.store(p_normed + o, b_normed, mask=m)
 
 
 @triton.jit
@@ -241,7 +289,7 @@ def two_shot_kernel(
     WORLD: tl.constexpr,
     RANKS: tl.constexpr,
     PDL: tl.constexpr,
-    TRAP: tl.constexpr,
+    PTX: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -262,14 +310,13 @@ def two_shot_kernel(
     b_own = tl.load(p_x + RANK * chunk + o, mask=m, other=0)
     _count(p_state, turn)
 
-    b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, TRAP, DTYPE)
-    b_words = _words(b_sum, DTYPE)
-    _send_round(inboxes, sums + o, chunk, b_words, m, RANK, WORLD)
-    tl.store(p_out + RANK * chunk + o, b_words, mask=m)
+    b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, PTX, DTYPE)
+    _send_round(inboxes, sums + o, chunk, b_sum, m, RANK, WORLD)
+    tl.store(p_out + RANK * chunk + o, b_sum, mask=m)
 
     o_rank = tl.arange(0, RANKS)[:, None]
     o_place = (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64)
     o_out = o_rank.to(tl.int64) * chunk + o[None, :]
     m_out = (o_rank != RANK) & (o_rank < WORLD) & (o < chunk)[None, :] & (o_out < words)
     p_sums = inboxes[RANK] + sums + o_place * chunk + o[None, :]
-    tl.store(p_out + o_out, _received(p_sums, m_out, p_state, patience, TRAP), mask=m_out)
+    tl.store(p_out + o_out, _received(p_sums, m_out, p_state, patience, PTX), mask=m_out)

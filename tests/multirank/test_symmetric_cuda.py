@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -212,8 +213,15 @@ def norms(world):
         assert all(torch.equal(total[whole], normed[whole]) for total in totals), "ranks hold different bits"
 
 
-def test_norms(world):
-    world(N)(norms)
+def norms_in_small_clusters(world):
+    """As on a GPU of fewer SMs."""
+    with mock.patch("tp_attention.comm.symmetric.inbox.ROOM", 1 << 20):
+        norms(world)
+
+
+@pytest.mark.parametrize("fn", [norms, norms_in_small_clusters])
+def test_norms(world, fn):
+    world(N)(fn)
 
 
 def captured_projection(world):
