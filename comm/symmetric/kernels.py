@@ -23,63 +23,9 @@ import triton
 import triton.language as tl
 
 from tp_attention.comm.symmetric import cluster
+from tp_attention.comm.symmetric.words import add, multiply, pack, unpack
 
 _TRAP = tl.constexpr("trap; mov.u32 $0, $1;")
-
-# Two values at a time: ptxas, left to pair them, swaps the halves of every word to and fro. sm_80 adds and multiplies
-# bf16 as a * 1 + b and a * b - 0 alone.
-_ROUND_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-_ROUND_FP16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
-_ADD_BF16 = tl.constexpr("{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }")
-_MULTIPLY_BF16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
-_ADD_FP16, _MULTIPLY_FP16 = tl.constexpr("add.rn.f16x2 $0, $1, $2;"), tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
-
-
-@triton.jit
-def _values(b_words, DTYPE: tl.constexpr):
-    """[...] words -> [..., values in a word] fp32."""
-    if DTYPE.primitive_bitwidth == 32:
-        return tl.expand_dims(b_words.to(DTYPE, bitcast=True), -1)
-    elif DTYPE.is_bf16():  # the upper half of a float
-        return tl.join((b_words << 16).to(tl.float32, bitcast=True), (b_words & -65536).to(tl.float32, bitcast=True))
-    else:
-        b_low = b_words.to(tl.int16).to(DTYPE, bitcast=True)
-        b_high = (b_words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        return tl.join(b_low, b_high).to(tl.float32)
-
-
-@triton.jit
-def _words(b_values, PTX: tl.constexpr, DTYPE: tl.constexpr):
-    """[BLOCK, values in a word] fp32 -> [BLOCK] words, rounded to DTYPE."""
-    if DTYPE.primitive_bitwidth == 32:
-        return tl.reshape(b_values, (b_values.shape[0],)).to(tl.int32, bitcast=True)
-    elif PTX:
-        ROUND: tl.constexpr = _ROUND_BF16 if DTYPE.is_bf16() else _ROUND_FP16
-        return tl.inline_asm_elementwise(ROUND, "=r,r,r", b_values.split(), tl.int32, is_pure=True, pack=1)
-    else:
-        b_low, b_high = tl.split(b_values.to(DTYPE))
-        b_low, b_high = b_low.to(tl.int16, bitcast=True).to(tl.int32), b_high.to(tl.int16, bitcast=True).to(tl.int32)
-        return b_low & 0xFFFF | b_high << 16
-
-
-@triton.jit
-def _added(b_a, b_b, PTX: tl.constexpr, DTYPE: tl.constexpr):
-    """[BLOCK] words, value by value, rounded to DTYPE."""
-    if PTX and DTYPE.primitive_bitwidth == 16:
-        ADD: tl.constexpr = _ADD_BF16 if DTYPE.is_bf16() else _ADD_FP16
-        return tl.inline_asm_elementwise(ADD, "=r,r,r", [b_a, b_b], tl.int32, is_pure=True, pack=1)
-    else:
-        return _words(_values(b_a, DTYPE) + _values(b_b, DTYPE), PTX, DTYPE)
-
-
-@triton.jit
-def _multiplied(b_a, b_b, PTX: tl.constexpr, DTYPE: tl.constexpr):
-    """As _added."""
-    if PTX and DTYPE.primitive_bitwidth == 16:
-        MULTIPLY: tl.constexpr = _MULTIPLY_BF16 if DTYPE.is_bf16() else _MULTIPLY_FP16
-        return tl.inline_asm_elementwise(MULTIPLY, "=r,r,r", [b_a, b_b], tl.int32, is_pure=True, pack=1)
-    else:
-        return _words(_values(b_a, DTYPE) * _values(b_b, DTYPE), PTX, DTYPE)
 
 
 @triton.jit
@@ -143,7 +89,7 @@ def _summed(
     """[BLOCK] words: the sum over the ranks, first to last."""
     if WORLD == 2:
         b_in = _received(p_in + o, m, p_state, patience, PTX)
-        return _added(b_own, b_in, PTX, DTYPE)  # whichever is first
+        return add(b_own, b_in, PTX, DTYPE)  # whichever is first
     else:
         o_rank = tl.arange(0, RANKS)[:, None]
         p_in += (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64) * segment + o[None, :]
@@ -152,10 +98,10 @@ def _summed(
         for rank in tl.static_range(WORLD):
             b_row = tl.sum(tl.where(o_rank == rank, b_in, 0), 0)  # picks one row: the others are 0
             if rank == 0:
-                b_sum = _values(b_row, DTYPE)
+                b_sum = unpack(b_row, DTYPE)
             else:
-                b_sum += _values(b_row, DTYPE)
-        return _words(b_sum, PTX, DTYPE)
+                b_sum += unpack(b_row, DTYPE)
+        return pack(b_sum, PTX, DTYPE)
 
 
 @triton.jit
@@ -170,7 +116,7 @@ def _own(
         b_sum = tl.load(p_x + o, mask=m, other=0.0)
         for i in tl.static_range(1, SPLITS):
             b_sum += tl.load(p_x + i * words * PER + o, mask=m, other=0.0)
-        return _words(tl.reshape(b_sum, (BLOCK, PER)), PTX, DTYPE)
+        return pack(tl.reshape(b_sum, (BLOCK, PER)), PTX, DTYPE)
     else:
         o = start + tl.arange(0, BLOCK)
         return tl.load(p_x + o, mask=o < end, other=0)
@@ -239,17 +185,17 @@ def one_shot_kernel(
 
     b_out = _summed(inboxes[RANK] + inbox, segment, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, PTX, DTYPE)
     if HAS_BIAS and HAS_RESIDUAL:  # rounded once
-        b_out = _words(_values(b_out, DTYPE) + _values(b_bias, DTYPE) + _values(b_residual, DTYPE), PTX, DTYPE)
+        b_out = pack(unpack(b_out, DTYPE) + unpack(b_bias, DTYPE) + unpack(b_residual, DTYPE), PTX, DTYPE)
     elif HAS_BIAS:
-        b_out = _added(b_out, b_bias, PTX, DTYPE)
+        b_out = add(b_out, b_bias, PTX, DTYPE)
     elif HAS_RESIDUAL:
-        b_out = _added(b_out, b_residual, PTX, DTYPE)
+        b_out = add(b_out, b_residual, PTX, DTYPE)
     if CLUSTER == 1:
         tl.store(p_out + o, b_out, mask=m)
     if NORM:
         if HAS_NORM_BIAS:  # only now that there are registers for it
             b_norm_bias = tl.load(p_norm_bias + o_row, mask=m, other=0)
-        b_y = _values(b_out, DTYPE)  # 0 where not m
+        b_y = unpack(b_out, DTYPE)  # 0 where not m
         if NORM == 2:
             total = tl.sum(tl.sum(b_y, 1))
             if CLUSTER > 1:
@@ -263,15 +209,15 @@ def one_shot_kernel(
         b_y *= tl.rsqrt(total * inverse + eps)
         # As in functional.norm and Hugging Face's Llama, what an RMSNorm multiplies is rounded.
         if NORM == 1 and HAS_NORM_WEIGHT and not HAS_NORM_BIAS:
-            b_normed = _multiplied(_words(b_y, PTX, DTYPE), b_norm_weight, PTX, DTYPE)
+            b_normed = multiply(pack(b_y, PTX, DTYPE), b_norm_weight, PTX, DTYPE)
         else:
             if HAS_NORM_WEIGHT:
                 if NORM == 1:
                     b_y = b_y.to(DTYPE).to(tl.float32)
-                b_y *= _values(b_norm_weight, DTYPE)
+                b_y *= unpack(b_norm_weight, DTYPE)
             if HAS_NORM_BIAS:
-                b_y += _values(b_norm_bias, DTYPE)
-            b_normed = _words(b_y, PTX, DTYPE)
+                b_y += unpack(b_norm_bias, DTYPE)
+            b_normed = pack(b_y, PTX, DTYPE)
         tl.store(p_normed + o, b_normed, mask=m)
 
 
