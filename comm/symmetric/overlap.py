@@ -11,6 +11,7 @@ who sent them; in the place of the first ones come the sums, which the others re
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -37,10 +38,11 @@ class Overlap:
         self._stages = stages
         self._word = torch.zeros(1, dtype=torch.float32, device=self.device)
         self._side = _Side(self.device)
+        self._processors = configs.multiprocessors(self.device)
 
     def pays(self, rows: int, columns: int, itemsize: int) -> bool:
         """Whether the result is so large, and the rows so many that every rank's fill the SMs with tiles."""
-        large = rows * columns * itemsize >= OVERLAP_BYTES and rows >= self.size * self._wave(columns)
+        large = rows * columns * itemsize >= OVERLAP_BYTES and rows >= self.size * rows_in(1, columns, self._processors)
         return large and bool(self._stages)
 
     def project(
@@ -64,7 +66,7 @@ class Overlap:
     ) -> None:
         rows, columns = out.shape
         owned = triton.cdiv(rows, self.size)
-        ends = self._ends(owned, columns)
+        ends = chunk_ends(owned, columns, self._processors)
         count = len(ends) - 1
         stages = [
             stage.view(out.dtype)[: (self.size - 1) * owned * columns].view(self.size - 1, owned, columns)
@@ -90,7 +92,7 @@ class Overlap:
         self.barrier()  # nobody reads any more what was staged the last time
         sent: dict[int, Any] = {}
         for owner in others:
-            for i, many in self._sendings(count):
+            for i, many in sendings(ends):
                 theirs = of(owner, i, many)
                 multiply(x[theirs], out=out[theirs])
                 with side.after_main():
@@ -111,25 +113,36 @@ class Overlap:
         """Whatever comes after it on this stream runs after what was before it on every rank's."""
         self.inboxes.one_shot(self._word, self._word)
 
-    def _sendings(self, count: int) -> list[tuple[int, int]]:
-        """Chunks of another rank's rows that are multiplied and sent at a time: the first of them, and how many."""
-        half = count // 2
-        return [(0, half), (half, count - half)] if half else [(0, count)]
 
-    def _ends(self, owned: int, columns: int) -> list[int]:
-        """Where the chunks of a rank's rows end, after 0: whole waves, one in the last chunk, which nothing hides."""
-        wave = self._wave(columns)
-        waves = triton.cdiv(owned, wave)
-        ends, left = [0], waves - 1
-        for chunks in range(min(CHUNKS - 1, left), 0, -1):
-            most = triton.cdiv(left, chunks)
-            ends.append(ends[-1] + most * wave)
-            left -= most
-        return [*ends, owned]
+def rows_in(waves: int, columns: int, processors: int) -> int:
+    """Rows whose tiles so many SMs make in so many goes."""
+    return max(waves, waves * processors // triton.cdiv(columns, TILE[1])) * TILE[0]
 
-    def _wave(self, columns: int) -> int:
-        """Rows whose tiles the SMs make at once."""
-        return max(1, configs.multiprocessors(self.device) // triton.cdiv(columns, TILE[1])) * TILE[0]
+
+def chunk_ends(owned: int, columns: int, processors: int) -> list[int]:
+    """Where the chunks of a rank's rows end, after 0: whole waves, one in the last chunk, which nothing hides."""
+    least = max(0, triton.cdiv(owned, TILE[0]) * TILE[0] - rows_in(1, columns, processors))  # before the last one
+    plans = (  # for these: as few waves as can be, in as many chunks
+        [rows_in(waves // chunks + (i < waves % chunks), columns, processors) for i in range(chunks)]
+        for waves in itertools.count(1)
+        for chunks in range(min(CHUNKS - 1, waves), 0, -1)
+    )
+    sizes = next(plan for plan in plans if sum(plan) >= least)
+    most = owned if sum(sizes) < owned else least
+    ends = [min(end, most) for end in itertools.accumulate(sizes, initial=0)]
+    return [*dict.fromkeys(ends), owned]
+
+
+def sendings(ends: list[int]) -> list[tuple[int, int]]:
+    """Chunks of another rank's rows that are multiplied and sent at a time: the first of them, and how many.
+
+    In two goes as equal as can be: the first ones are on their way while the others are multiplied.
+    """
+    count = len(ends) - 1
+    if count == 1:
+        return [(0, 1)]
+    first = min(range(1, count), key=lambda i: abs(2 * ends[i] - ends[-1]))
+    return [(0, first), (first, count - first)]
 
 
 class _Side:
