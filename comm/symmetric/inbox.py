@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from tp_attention.comm.norm import Norm
-from tp_attention.comm.symmetric.kernels import one_shot_kernel, two_shot_kernel
+from tp_attention.comm.symmetric.kernels import gather_kernel, one_shot_kernel, two_shot_kernel
 from tp_attention.comm.symmetric.memory import MOST_RANKS
 from tp_attention.kernels import configs
 from tp_attention.kernels.gemm import DTYPES
@@ -60,6 +60,7 @@ class Inboxes:
             raise ValueError(f"an inbox of {2 * self._half * WORD} bytes is too small for {self.size} ranks")
         spare = [None] * (MOST_RANKS - len(inboxes))
         self._inboxes: list[Any] = [inbox.view(torch.int32) for inbox in inboxes] + spare
+        self._ranks = dict(RANK=rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size))
         self._state = torch.zeros(3, dtype=torch.int32, device=self.device)
         self.memory = [self._state, *inboxes]  # what the kernels use beside their arguments
 
@@ -106,10 +107,11 @@ class Inboxes:
             cluster, block, warps = 1, config.nbytes // WORD, config.warps
         source, rest, normed_words = x if splits else _words(x), _words(residual), _words(normed)
         rows = _words(bias), *((_words(norm.weight), _words(norm.bias)) if norm else (None, None))
-        constexprs = dict(
-            RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size), SPLITS=splits,
+        constexprs = self._ranks | dict(
+            SPLITS=splits,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=NORMS[norm.kind if norm else None],
             HAS_NORM_WEIGHT=rows[1] is not None, HAS_NORM_BIAS=rows[2] is not None, CLUSTER=cluster,
+            DTYPE=DTYPES[out.dtype], BLOCK=block,
         )  # fmt: skip
         for start in range(0, words, step):
             count = min(step, words - start)
@@ -121,7 +123,7 @@ class Inboxes:
                 1 / out.shape[-1] if norm else 0.0, norm.eps if norm else 0.0, self.patience,
             )  # fmt: skip
             grid = (cluster, count // row) if norm is not None else (triton.cdiv(count, block), 1)
-            self._launch(one_shot_kernel, grid, args, constexprs, out.dtype, block, warps, cluster)
+            self._launch(one_shot_kernel, grid, args, constexprs, warps, cluster)
 
     def two_shot(self, x: Tensor, out: Tensor, *, config: Config | None = None) -> None:
         """out <- sum of x over the ranks: tensors of one shape and dtype. out may be x."""
@@ -134,14 +136,27 @@ class Inboxes:
             )
         config = config or PROGRAM
         block = config.nbytes // WORD
-        constexprs = dict(RANK=self.rank, WORLD=self.size, RANKS=triton.next_power_of_2(self.size))
+        constexprs = self._ranks | dict(DTYPE=DTYPES[x.dtype], BLOCK=block)
         for start in range(0, words, most):
             count = min(most, words - start)
             part = slice(start, start + count)
             chunk = _aligned(triton.cdiv(count, self.size))
             args = source[part], target[part], self._state, *self._inboxes, count, self._half, chunk, self.patience
             grid = triton.cdiv(chunk, block), 1
-            self._launch(two_shot_kernel, grid, args, constexprs, x.dtype, block, config.warps)
+            self._launch(two_shot_kernel, grid, args, constexprs, config.warps)
+
+    def gather(self, out: Tensor, chunk: int, stride: int) -> None:
+        """out [rows, columns] <- every rank's rows: `chunk` of them from rank * stride on, as far as there are so many.
+
+        Whatever comes after it on this stream runs after what was before it on every rank's.
+        """
+        row, words = out.shape[1] * out.element_size() // WORD, _words(out)
+        most, block = self.room // WORD, PROGRAM.nbytes // WORD
+        constexprs = self._ranks | dict(BLOCK=block)
+        for start in range(0, chunk * row, most):
+            count, rest = min(most, chunk * row - start), words[start:]
+            args = rest, self._state, *self._inboxes, len(rest), self._half, count, stride * row, self.patience
+            self._launch(gather_kernel, (triton.cdiv(count, block), 1), args, constexprs, PROGRAM.warps)
 
     def _parts(self, row: int, words: int) -> tuple[int, int]:
         """How many programs share a row to norm, and how many words of it each has, of a tensor of so many.
@@ -162,13 +177,11 @@ class Inboxes:
         grid: tuple[int, int],
         args: Sequence[Any],
         constexprs: dict[str, Any],
-        dtype: torch.dtype,
-        block: int,
         warps: int,
         cluster: int = 1,
     ) -> None:
         pdl = configs.architecture(self.device) == 90
-        constexprs = constexprs | dict(PDL=pdl, PTX=not configs.interpreted(), DTYPE=DTYPES[dtype], BLOCK=block)
+        constexprs = constexprs | dict(PDL=pdl, PTX=not configs.interpreted())
         options = {"launch_pdl": True} if pdl else {}
         launch(kernel, grid, self.device, args, constexprs, cluster=cluster, num_warps=warps, **options)
 

@@ -150,10 +150,10 @@ def one_shot_kernel(
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
     CLUSTER: tl.constexpr,
-    PDL: tl.constexpr,
-    PTX: tl.constexpr,  # whether this runs on a GPU, which knows more than Triton does
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    PTX: tl.constexpr,  # whether this runs on a GPU, which knows more than Triton does
 ):  # fmt: skip
     """Everyone sends all to everyone: size - 1 times x over each link, one way's delay.
 
@@ -222,6 +222,22 @@ def one_shot_kernel(
 
 
 @triton.jit
+def _gather(
+    p_in, p_out, o, chunk, stride, words, p_state, patience, RANK: tl.constexpr, WORLD: tl.constexpr,
+    RANKS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Store the words o of every other rank's chunk, which come to p_in by rank, from rank * stride on.
+
+    Of a chunk all words come, past the end of the tensor too: whoever has them knows that every rank has sent its own.
+    """
+    o_rank = tl.arange(0, RANKS)[:, None]
+    p_in += (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64) * chunk + o[None, :]
+    m_in = (o_rank != RANK) & (o_rank < WORLD) & (o < chunk)[None, :]
+    o_out = o_rank.to(tl.int64) * stride + o[None, :]
+    tl.store(p_out + o_out, _received(p_in, m_in, p_state, patience, PTX), mask=m_in & (o_out < words))
+
+
+@triton.jit
 def two_shot_kernel(
     p_x,  # [words]
     p_out,
@@ -234,10 +250,10 @@ def two_shot_kernel(
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     RANKS: tl.constexpr,
-    PDL: tl.constexpr,
-    PTX: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Each rank sums a chunk and sends the sum round: 2 (size - 1) / size times x over each link, twice the delay.
 
@@ -257,12 +273,34 @@ def two_shot_kernel(
     _count(p_state, turn)
 
     b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, PTX, DTYPE)
-    _send_round(inboxes, sums + o, chunk, b_sum, m, RANK, WORLD)
+    _send_round(inboxes, sums + o, chunk, b_sum, o < chunk, RANK, WORLD)
     tl.store(p_out + RANK * chunk + o, b_sum, mask=m)
+    _gather(inboxes[RANK] + sums, p_out, o, chunk, chunk, words, p_state, patience, RANK, WORLD, RANKS, PTX)
 
-    o_rank = tl.arange(0, RANKS)[:, None]
-    o_place = (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64)
-    o_out = o_rank.to(tl.int64) * chunk + o[None, :]
-    m_out = (o_rank != RANK) & (o_rank < WORLD) & (o < chunk)[None, :] & (o_out < words)
-    p_sums = inboxes[RANK] + sums + o_place * chunk + o[None, :]
-    tl.store(p_out + o_out, _received(p_sums, m_out, p_state, patience, PTX), mask=m_out)
+
+@triton.jit
+def gather_kernel(
+    p_out,  # [words]
+    p_state,  # as above
+    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,
+    words,
+    half,
+    chunk,  # words that a rank sends: rank r those from r * stride on, where the others put them
+    stride,
+    patience,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """The second of two shots by itself, in place."""
+    inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    turn, inbox = _begin(p_state, half, PDL)
+    chunk, stride = tl.cast(chunk, tl.int64), tl.cast(stride, tl.int64)
+    b_own = tl.load(p_out + RANK * stride + o, mask=(o < chunk) & (RANK * stride + o < words), other=0)
+    _send_round(inboxes, inbox + o, chunk, b_own, o < chunk, RANK, WORLD)
+    _count(p_state, turn)
+    _gather(inboxes[RANK] + inbox, p_out, o, chunk, stride, words, p_state, patience, RANK, WORLD, RANKS, PTX)

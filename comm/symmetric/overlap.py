@@ -2,11 +2,14 @@
 
 Rank r sums rows of its own, `owned` of them. Everyone multiplies the other ranks' rows first, half of their chunks at a
 time, while copy engines, which take no SM, bring them to their owner. Then its own rows, chunk by chunk: the product's
-last step adds what has come, and copy engines fetch every rank's sums. Over a link go 2 (size - 1) / size times the
-result, as little as an all-reduce can do with, and all but the last chunk of it under the products.
+last step adds what has come, and copy engines fetch every rank's sums. Those of the last chunk, which no product hides,
+ranks send each other by a kernel (Inboxes.gather), for which nobody has to wait first. Over a link go 2 (size - 1) /
+size times the result, as little as an all-reduce can do with, and all but the last chunk of it under the products.
 
-Ranks meet in one-word sums on the stream of the products. A rank's stage holds the other ranks' parts of its rows, by
-who sent them; in the place of the first ones come the sums, which the others read.
+Before a chunk is added up ranks meet, in a one-word sum on the stream of the products. A rank's stage holds the other
+ranks' parts of its rows, by who sent them; in the place of the first ones come the sums, which the others fetch. It may
+be written anew after the last chunk: a rank sends that when it has added up and fetched everything, so whoever has it
+from all of them knows that no stage is read any more.
 """
 
 from __future__ import annotations
@@ -83,13 +86,6 @@ class Overlap:
             chunk = of(owner, i, many)
             return stages[owner][:, ends[i] :][:, : chunk.stop - chunk.start]
 
-        def fetch(i: int) -> None:
-            """The others' sums of chunk i, which they have made."""
-            with side.after_main():
-                for owner in others:
-                    out[of(owner, i)].copy_(staged(owner, i)[0])
-
-        self.barrier()  # nobody reads any more what was staged the last time
         sent: dict[int, Any] = {}
         for owner in others:
             for i, many in sendings(ends):
@@ -102,12 +98,15 @@ class Overlap:
             side.main_waits_for(sent.get(i))
             self.barrier()  # every rank's parts of chunk i are staged, and its sums of the chunk before
             if i:
-                fetch(i - 1)
-            mine, parts = of(self.rank, i), staged(self.rank, i)
+                with side.after_main():
+                    for owner in others:
+                        out[of(owner, i - 1)].copy_(staged(owner, i - 1)[0])
+            mine, parts, last = of(self.rank, i), staged(self.rank, i), i == count - 1
             added = None if residual is None else residual[mine]
-            multiply(x[mine], out=parts[0], bias=bias, residual=added, others=Others(self.rank, parts, out[mine]))
-        self.barrier()
-        fetch(count - 1)
+            here, copy = (out[mine], None) if last else (parts[0], out[mine])
+            multiply(x[mine], out=here, bias=bias, residual=added, others=Others(self.rank, parts, copy))
+        side.main_waits_for(side.mark())
+        self.inboxes.gather(out[ends[-2] :], owned - ends[-2], owned)
 
     def barrier(self) -> None:
         """Whatever comes after it on this stream runs after what was before it on every rank's."""

@@ -168,6 +168,38 @@ def test_partial_sums(world, n):
     world(n)(add_partial_sums)
 
 
+def gather_rows(world):
+    """In one piece and in several, of rows that do not share out; and nobody is through before every rank has begun."""
+    inboxes, rank, size = make_inboxes(2048), world.rank, world.size
+    every = ((rows, chunk) for rows in (1, 7, 40) for chunk in (1, 3, 13))
+    for turn, ((rows, chunk), dtype) in enumerate(itertools.product(every, DTYPES)):
+        stride, columns = chunk + turn % 3, words_of(21, dtype)
+        whole = draw(9, turn, (rows, columns), dtype)
+        out = torch.full_like(whole, torch.nan)
+        mine = slice(rank * stride, rank * stride + chunk)
+        out[mine] = whole[mine]
+        begun, late = time.monotonic(), turn % size
+        if rank == late and turn % 4 == 0:
+            time.sleep(0.05)
+            begun = time.monotonic()
+        inboxes.gather(out, chunk, stride)
+        ended, begins = time.monotonic(), [None] * size
+        torch.distributed.all_gather_object(begins, begun)
+        assert max(begins) <= ended, (turn, begins, ended)
+        there = torch.zeros(rows, dtype=torch.bool)
+        for r in range(size):
+            there[r * stride : r * stride + chunk] = True
+        assert torch.equal(out[there], whole[there]), (rows, chunk, dtype)
+        assert out[~there].isnan().all()
+    assert calls_of(inboxes) > turn + 1, "none needed several pieces"
+    assert_empty(inboxes)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_gather(world, n):
+    world(n)(gather_rows)
+
+
 def come_late(world):
     inboxes = make_inboxes(2048)
     for late, way in itertools.product(range(world.size), WAYS):

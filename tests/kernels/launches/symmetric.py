@@ -80,8 +80,8 @@ LAUNCHES = {
     "bias and layernorm fp32": Launch(one_shot(2, 4, 8192, FP32, bias=True, norm="layernorm"), cluster=True),
     "residual and layernorm of 8": Launch(one_shot(8, 4, 4096, residual=True, norm="layernorm"), cluster=True),
     **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
-    "projection": Launch(projection(2, 8192), kernels=4),
-    "projection of rows that do not share out": Launch(projection(2, 8193), kernels=4),
-    "projection of 8, bias, residual": Launch(projection(8, 8193, meta(8192), meta(8193, 8192)), kernels=4),
+    "projection": Launch(projection(2, 8192), kernels=5),
+    "projection of rows that do not share out": Launch(projection(2, 8193), kernels=5),
+    "projection of 8, bias, residual": Launch(projection(8, 8193, meta(8192), meta(8193, 8192)), kernels=5),
     "two shots fp32": Launch(two_shot(4, FP32), polls=True),
 }
