@@ -32,15 +32,15 @@ def test_chunks_are_whole_waves_and_the_last_is_one(owned: int, columns: int, pr
 @pytest.mark.parametrize(
     ("owned", "columns", "ends"),
     [
-        (4096, 8192, [0, 1536, 2560, 3584, 4096]),
-        (4096, 4096, [0, 1024, 2048, 3072, 4096]),
-        (4096, 5120, [0, 1664, 3328, 4096]),  # 5 waves: 26 rows of 20 tiles fit in four, not in two and twice one
-        (512, 8192, [0, 512]),
-        (600, 8192, [0, 512, 600]),
-        (4097, 8192, [0, 1536, 3072, 4096, 4097]),
+        (4096, 8192, (0, 1536, 2560, 3584, 4096)),
+        (4096, 4096, (0, 1024, 2048, 3072, 4096)),
+        (4096, 5120, (0, 1664, 3328, 4096)),  # 5 waves: 26 rows of 20 tiles fit in four, not in two and twice one
+        (512, 8192, (0, 512)),
+        (600, 8192, (0, 512, 600)),
+        (4097, 8192, (0, 1536, 3072, 4096, 4097)),
     ],
 )
-def test_chunks_of_132_sms(owned: int, columns: int, ends: list[int]) -> None:
+def test_chunks_of_132_sms(owned: int, columns: int, ends: tuple[int, ...]) -> None:
     assert chunk_ends(owned, columns, 132) == ends
 
 
@@ -55,12 +55,12 @@ def test_every_chunk_is_sent_once_in_two_goes(owned: int, columns: int) -> None:
 @pytest.mark.parametrize(
     ("ends", "goes"),
     [
-        ([0, 512], [(0, 1)]),
-        ([0, 768, 1000], [(0, 1), (1, 1)]),
-        ([0, 1024, 2048, 3072, 4096], [(0, 2), (2, 2)]),
-        ([0, 1664, 3328, 4096], [(0, 1), (1, 2)]),
-        ([0, 1152, 2304, 3456, 4096], [(0, 2), (2, 2)]),
+        ((0, 512), ((0, 1),)),
+        ((0, 768, 1000), ((0, 1), (1, 1))),
+        ((0, 1024, 2048, 3072, 4096), ((0, 2), (2, 2))),
+        ((0, 1664, 3328, 4096), ((0, 1), (1, 2))),
+        ((0, 1152, 2304, 3456, 4096), ((0, 2), (2, 2))),
     ],
 )
-def test_the_two_goes_are_as_equal_as_can_be(ends: list[int], goes: list[tuple[int, int]]) -> None:
+def test_the_two_goes_are_as_equal_as_can_be(ends: tuple[int, ...], goes: tuple[tuple[int, int], ...]) -> None:
     assert sendings(ends) == goes

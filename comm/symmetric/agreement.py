@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tp_attention")
 
 SWITCH = "TP_ATTENTION_ALL_REDUCE"
-TRIALS = (64, 70_002, 70_002, 6)  # values summed in the trial, so that both halves of the inboxes are used
+TRIALS = (64, 70_002, 70_002, 6)  # values of a rank in the trial: both halves of the inboxes are used by every kernel
 TRIAL_SECONDS = 60.0  # a rank may have to compile first
 LOOKS_A_SECOND = 4_000_000  # at most: so patience is never less than it should be
 MOST_LOOKS = 2**31 - 16  # what a kernel counts to, some 10 minutes at least
@@ -137,18 +137,26 @@ def _shared(mine: Tensor, process_group: dist.ProcessGroup, rank: int, size: int
 
 
 def _try(sums: SymmetricSums) -> None:
-    """Raises RuntimeError unless both kernels give this rank the right sums, twice over."""
+    """Raises RuntimeError unless every kernel gives this rank the right values, twice over."""
+    inboxes = sums.inboxes
+
+    def check(name: str, got: Tensor, expected: Tensor) -> None:
+        if inboxes.failed():
+            raise RuntimeError(f"another rank's values did not come ({name} of {expected.shape[-1]} values)")
+        if not torch.equal(got, expected):
+            raise RuntimeError(f"{name} of {expected.shape[-1]} values is wrong")
+
     for turn, numel in enumerate(TRIALS):
         generators = [torch.Generator().manual_seed(100 * turn + rank) for rank in range(sums.size)]
-        parts = [torch.randn(numel, generator=one).to(sums.device, torch.bfloat16) for one in generators]
-        expected = add_up(torch.stack(parts))
-        for kernel in (sums.inboxes.one_shot, sums.inboxes.two_shot):
-            out = torch.full_like(parts[sums.rank], torch.nan)
+        parts = torch.stack([torch.randn(numel, generator=one).to(sums.device, torch.bfloat16) for one in generators])
+        for kernel in (inboxes.one_shot, inboxes.two_shot):
+            out = torch.full_like(parts[0], torch.nan)
             kernel(parts[sums.rank], out)
-            if sums.inboxes.failed():
-                raise RuntimeError(f"another rank's values did not come ({kernel.__name__}, {numel} values)")
-            if not torch.equal(out, expected):
-                raise RuntimeError(f"the sum of {numel} values by {kernel.__name__} is wrong")
+            check(kernel.__name__, out, add_up(parts))
+        rows = torch.full_like(parts, torch.nan)
+        rows[sums.rank] = parts[sums.rank]
+        inboxes.gather(rows, 1, 1)
+        check("gather", rows, parts)
 
 
 def _table(way: str, size: int) -> str:

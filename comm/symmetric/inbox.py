@@ -148,15 +148,16 @@ class Inboxes:
     def gather(self, out: Tensor, chunk: int, stride: int) -> None:
         """out [rows, columns] <- every rank's rows: `chunk` of them from rank * stride on, as far as there are so many.
 
-        Whatever comes after it on this stream runs after what was before it on every rank's.
+        Rows hold whole words (and are looked at 16 bytes at a time where chunk * columns are a multiple of 64), and
+        stride is at least chunk. Whatever comes after it on this stream runs after what was before it on every rank's.
         """
-        row, words = out.shape[1] * out.element_size() // WORD, _words(out)
+        words, row = _words(out), out.shape[1] * out.element_size() // WORD
         most, block = self.room // WORD, PROGRAM.nbytes // WORD
-        constexprs = self._ranks | dict(BLOCK=block)
         for start in range(0, chunk * row, most):
             count, rest = min(most, chunk * row - start), words[start:]
             args = rest, self._state, *self._inboxes, len(rest), self._half, count, stride * row, self.patience
-            self._launch(gather_kernel, (triton.cdiv(count, block), 1), args, constexprs, PROGRAM.warps)
+            grid = triton.cdiv(count, block), 1
+            self._launch(gather_kernel, grid, args, self._ranks | dict(BLOCK=block), PROGRAM.warps)
 
     def _parts(self, row: int, words: int) -> tuple[int, int]:
         """How many programs share a row to norm, and how many words of it each has, of a tensor of so many.

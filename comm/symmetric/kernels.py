@@ -228,7 +228,7 @@ def _gather(
 ):  # fmt: skip
     """Store the words o of every other rank's chunk, which come to p_in by rank, from rank * stride on.
 
-    Of a chunk all words come, past the end of the tensor too: whoever has them knows that every rank has sent its own.
+    Of a chunk all words come, past the end of the tensor too.
     """
     o_rank = tl.arange(0, RANKS)[:, None]
     p_in += (o_rank - (o_rank > RANK).to(tl.int32)).to(tl.int64) * chunk + o[None, :]
@@ -295,7 +295,7 @@ def gather_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """The second of two shots by itself, in place."""
+    """The second of two shots by itself, in place. Whoever is done knows that every rank has begun."""
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     turn, inbox = _begin(p_state, half, PDL)

@@ -89,6 +89,11 @@ def pass_specials(world):
         assert torch.equal(out.isnan(), there) and there.sum() > 1
         assert torch.equal(out.signbit()[~there], expected.signbit()[~there])  # of zeros too
         assert torch.equal(out[~there], expected[~there])
+        rows = torch.zeros(size, len(out), dtype=dtype)
+        rows[rank] = parts[rank]
+        inboxes.gather(rows, 1, 1)
+        assert torch.equal(rows.isnan(), torch.stack(parts).isnan())
+        assert torch.equal(rows.nan_to_num(5), torch.stack(parts).nan_to_num(5))
         assert_empty(inboxes)
 
 

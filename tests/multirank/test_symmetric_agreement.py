@@ -53,7 +53,7 @@ def test_obstacles():
 
 
 class Wrong(Inboxes):
-    """wrong: what is off by one on this rank, "sent" or "got"."""
+    """wrong: what is off by one on this rank, "sent", "got" or "gathered"."""
 
     wrong = ""
 
@@ -61,6 +61,11 @@ class Wrong(Inboxes):
         super().two_shot(x + 1 if self.wrong == "sent" else x, out, **keywords)
         if self.wrong == "got":
             out[-1] += 1
+
+    def gather(self, out, chunk, stride):
+        super().gather(out, chunk, stride)
+        if self.wrong == "gathered":
+            out[-1, -1] += 1
 
 
 def agree(world, ways, fault=None, on=-1):
@@ -90,7 +95,7 @@ def agree(world, ways, fault=None, on=-1):
         patch.setattr(agreement, "_host", lambda: f"host {int(fault == 'host' and here)}")
         patch.setattr(agreement, "_reserved", reserved)
         patch.setattr(agreement, "_shared", mapped)
-        patch.setattr(agreement, "_looks", lambda seconds: 400 if fault in ("got", "left") else int(seconds * 3000))
+        patch.setattr(agreement, "_looks", lambda seconds: 400 if fault in ("got", "gathered", "left") else int(seconds * 3000))
         patch.setattr(agreement, "TRIALS", (64, 1402, 1402, 6))
         patch.setattr(torch, "randn", integers)
         patch.setenv(agreement.SWITCH, ways[rank])
@@ -124,7 +129,8 @@ def test_agreement(world):
         ("allocation", 1, 1, "rank 1: RuntimeError: no room for it"),
         ("sharing", 1, 1, "rank 1: RuntimeError: no peer access"),
         ("got", 2, 1, ""),
-        ("sent", 0, 1, "rank 0: RuntimeError: the sum of 64 values by two_shot is wrong"),
+        ("sent", 0, 1, "rank 0: RuntimeError: two_shot of 64 values is wrong"),
+        ("gathered", 2, 1, ""),
         ("gpu", -1, 0, "two ranks share a GPU"),
         ("host", 2, 0, "its ranks are on 2 hosts"),
     ],

@@ -217,8 +217,8 @@ def gemm_kernel(
 class Others:
     """What other ranks have of a sum that a product is rank `rank`'s part of.
 
-    parts: [ranks - 1, M, N], theirs in rank order; contiguous but for the first stride. The sum may take the place of
-    the first of them. copy: [M, N] contiguous, where it is written too.
+    parts: [ranks - 1, M, N], theirs in rank order; contiguous but for the first stride. copy: [M, N] contiguous, where
+    the sum is written too. The product's out or the copy may be the first of the parts.
     """
 
     rank: int

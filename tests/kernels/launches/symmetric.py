@@ -48,6 +48,10 @@ def two_shot(ranks: int, dtype: torch.dtype = BF16) -> Callable[[], object]:
     return lambda: inboxes(ranks).two_shot(meta(1 << 22, dtype=dtype), meta(1 << 22, dtype=dtype))
 
 
+def gather(ranks: int, rows: int = 512, columns: int = 8192) -> Callable[[], object]:
+    return lambda: inboxes(ranks).gather(meta(ranks * rows, columns), rows, rows)
+
+
 def projection(ranks: int, rows: int, *added: Tensor | None) -> Callable[[], object]:
     """As the last rank sees it, which may have a chunk without rows. added: bias, residual."""
 
@@ -80,6 +84,8 @@ LAUNCHES = {
     "bias and layernorm fp32": Launch(one_shot(2, 4, 8192, FP32, bias=True, norm="layernorm"), cluster=True),
     "residual and layernorm of 8": Launch(one_shot(8, 4, 4096, residual=True, norm="layernorm"), cluster=True),
     **{f"two shots of {ranks}": Launch(two_shot(ranks), polls=True) for ranks in (2, 3, 4, 8)},
+    **{f"gather of {ranks}": Launch(gather(ranks), polls=True) for ranks in (2, 3, 8)},
+    "gather of 2, rows of 4098": Launch(gather(2, 3, 4098)),
     "projection": Launch(projection(2, 8192), kernels=5),
     "projection of rows that do not share out": Launch(projection(2, 8193), kernels=5),
     "projection of 8, bias, residual": Launch(projection(8, 8193, meta(8192), meta(8193, 8192)), kernels=5),
