@@ -95,7 +95,9 @@ def agree(world, ways, fault=None, on=-1):
         patch.setattr(agreement, "_host", lambda: f"host {int(fault == 'host' and here)}")
         patch.setattr(agreement, "_reserved", reserved)
         patch.setattr(agreement, "_shared", mapped)
-        patch.setattr(agreement, "_looks", lambda seconds: 400 if fault in ("got", "gathered", "left") else int(seconds * 3000))
+        patch.setattr(
+            agreement, "_looks", lambda seconds: 400 if fault in ("got", "gathered", "left") else int(seconds * 3000)
+        )
         patch.setattr(agreement, "TRIALS", (64, 1402, 1402, 6))
         patch.setattr(torch, "randn", integers)
         patch.setenv(agreement.SWITCH, ways[rank])
