@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tp_attention.comm.group import TPGroup
+from tp_attention.comm.group import TPGroup, check_group
 
 ACCUMULATE = {
     torch.float16: torch.float32,
@@ -99,6 +99,7 @@ def broadcast(x: Tensor, group: TPGroup, src: int = 0) -> Tensor:
 
 def barrier(group: TPGroup) -> None:
     """Returns once every rank of the group has called it."""
+    check_group(group)
     with group.transfer("barrier"):
         if group.size > 1:
             group._barrier()
@@ -159,6 +160,9 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, group: TPGroup) -> None:
+    check_group(group)
+    if x.layout != torch.strided:
+        raise ValueError(f"collectives take dense tensors, not {x.layout}; use x.to_dense()")
     if x.device != group.device:
         raise ValueError(f"tensor on {x.device}, but group {group.name} on {group.device}; move one of them")
     if x.requires_grad and torch.is_grad_enabled():

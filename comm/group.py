@@ -164,7 +164,8 @@ class TPGroup:
         self.destroy(abort=error_type is not None)
 
     def __repr__(self) -> str:
-        return f"TPGroup({self.name}: rank {self.rank} of {self.size} on {self.device}, {self.backend})"
+        state = ", destroyed" if self.size > 1 and self.process_group is None else ""
+        return f"TPGroup({self.name}: rank {self.rank} of {self.size} on {self.device}, {self.backend}{state})"
 
     def _agree(self, store: dist.Store) -> None:
         from tp_attention.comm.symmetric.agreement import agree
@@ -270,6 +271,16 @@ def as_group(group: dist.ProcessGroup | TPGroup | None, device: torch.device | s
     if wrapped is None or wrapped.process_group is not group:  # None: it was destroyed, and another has its id
         wrapped = _wrapped[id(group)] = TPGroup.from_process_group(group)
     return wrapped
+
+
+def check_group(group: object) -> None:
+    """Raises ValueError for what callers have in a group's place."""
+    if not isinstance(group, TPGroup):
+        kind = type(group).__name__
+        raise ValueError(
+            f"a collective takes a TPGroup, not a {kind}; pass world.tp of a World, and comm.as_group(group) for a "
+            "ProcessGroup or None"
+        )
 
 
 def destroy_process_group(process_group: dist.ProcessGroup | None, backend: str, abort: bool) -> None:

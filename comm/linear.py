@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tp_attention import functional
 from tp_attention.comm.collectives import all_reduce
-from tp_attention.comm.group import TPGroup
+from tp_attention.comm.group import TPGroup, check_group
 from tp_attention.comm.norm import Norm
 from tp_attention.functional.backends import refuse_grad
 from tp_attention.functional.checks import check_like, check_norm, check_weight
@@ -66,6 +66,7 @@ def linear_all_reduce(
 
     Raises ValueError for what does not fit, and as functional.linear and all_reduce do.
     """
+    check_group(group)
     columns = check_weight(x, weight, bias, transposed, weight_scale)
     shape = (*x.shape[:-1], columns)
     if residual is not None:
@@ -73,6 +74,8 @@ def linear_all_reduce(
         if residual.shape != shape:
             raise ValueError(f"residual has shape {list(residual.shape)}; expected {list(shape)}, as the projection")
     if norm is not None:
+        if not isinstance(norm, Norm):
+            raise ValueError(f"norm is a {type(norm).__name__}; use comm.Norm(kind, weight, bias, eps)")
         check_norm(x.new_empty((0, columns)), norm.weight, norm.bias, norm.kind)
     keywords: dict[str, Any] = {"weight_scale": weight_scale, "transposed": transposed}
     if group.size == 1 and residual is None and norm is None:

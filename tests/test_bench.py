@@ -9,7 +9,7 @@ import torch
 
 from tp_attention import cli
 from tp_attention.bench import first_call, generation, links, timing
-from tp_attention.bench.results import OURS, append, summarise
+from tp_attention.bench.results import OURS, append, folder, summarise
 from tp_attention.comm import all_reduce
 
 
@@ -192,3 +192,9 @@ def test_model_is_drawn_from_the_last_run(tmp_path, capsys):
     assert "one shot alpha 5.00 µs, B 380 GB/s" in said and "delay 1.50 µs, fitted" in said
     assert "model, 8 GPUs: two shots are the faster from 106 KiB" in said
     assert (tmp_path / "all_reduce-model.png").exists()
+
+
+def test_dry_runs_have_a_folder_of_their_own(tmp_path):
+    assert folder(None, tiny=False).name == "benchmarks"
+    assert folder(None, tiny=True).name == "benchmarks-tiny"
+    assert folder(tmp_path, tiny=True) == tmp_path

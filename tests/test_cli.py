@@ -131,6 +131,35 @@ def test_an_unexpected_error_is_one_line_and_names_its_kind(run, tmp_path):
     assert code == 1 and len(err.splitlines()) == 1 and "--verbose shows where" in err
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_told_that_the_prompt_is_read_from_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tp-attention", "generate"])
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    with pytest.raises(SystemExit, match="prompt is empty"):
+        cli.main()
+    assert capsys.readouterr().err.splitlines()[0] == "the prompt is read from here; Ctrl-D ends it"
+
+
+def test_other_ranks_do_not_say_it_again(run, monkeypatch):
+    place = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost")
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for command in (("doctor",), ("inspect", resolve("minilm"))):
+        assert run(*command) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "BERT" in run("inspect", resolve("minilm"))[1].upper()
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "tp_attention", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "generate" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_joins_torchruns_ranks():
     command = [

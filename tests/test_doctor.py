@@ -52,13 +52,14 @@ def test_three_gpus():
     assert found["torch"].found == "2.11.0, CUDA 13.0"
     assert found["GPUs"].found == "2 x NVIDIA H100 80GB HBM3, 80 GiB, sm_90; 1 x NVIDIA GB10, shared memory, sm_121"
     assert found["NCCL"] == ("NCCL", "2.28.9", "joins GPU ranks")
+    assert found["symmetric memory"] == ("symmetric memory", "in torch", "sums floats on 2 to 8 GPUs")
     assert found["tp=1"].therefore.startswith("1 rank on the GPU, ")
     assert found["tp=3"].therefore.startswith("3 ranks on the GPUs, NCCL, ")
 
 
 def test_gpus_fewer_than_ranks_or_unusable():
     one = conclude(torch=Answer(TORCH % ('"13.0"', 1)), GPUs=Answer("NVIDIA L4, 23034, 8.9\n"))
-    assert one["NCCL"].therefore == "not used: needs 2 usable GPUs"
+    assert one["NCCL"].therefore == one["symmetric memory"].therefore == "not used: needs 2 usable GPUs"
     assert one["tp=2"].therefore == "2 ranks on the CPU, gloo, torch path"
     unusable = conclude(torch=Answer(TORCH % ("null", 0)), GPUs=Answer("NVIDIA L4, 23034, 8.9\n"))
     assert unusable["GPUs"].therefore == "ranks run on the CPU: torch is a CPU build"
@@ -76,6 +77,15 @@ def test_what_breaks_is_one_line(monkeypatch):
     assert doctor.ask([sys.executable, "-c", "import os; os.abort()"]).problem.endswith("ended with -6")
     monkeypatch.setattr(doctor, "PATIENCE", 0.2)
     assert doctor.ask([sys.executable, "-c", "import time; time.sleep(9)"]).problem == "no answer in 0.2 s"
+
+
+def test_mpirun_of_a_virtual_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    mpi = Answer('{"version": "4.1.2", "vendor": "Open MPI", "vendor_version": "5.0.11"}')
+    assert conclude(MPI=mpi)["MPI"].found == "mpi4py 4.1.2, Open MPI 5.0.11, no mpirun"
+    (tmp_path / "mpirun").touch(mode=0o755)
+    assert conclude(MPI=mpi)["MPI"].found.endswith(str(tmp_path / "mpirun"))
 
 
 def test_launcher_in_the_environment(monkeypatch):

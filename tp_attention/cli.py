@@ -64,6 +64,8 @@ def generate(
     sampling = Sampling(temperature, top_p, seed)
     text = prompt or ""
     if prompt is None and environment.read().rank == 0:  # a launcher's ranks share one standard input
+        if sys.stdin.isatty():
+            print("the prompt is read from here; Ctrl-D ends it", file=sys.stderr)
         text = sys.stdin.read().removesuffix("\n")
     if not text and environment.read().rank == 0:
         raise ValueError("the prompt is empty; pass --prompt or text on standard input")
@@ -147,9 +149,10 @@ def inspect(
     """Say what a checkpoint is: format, layout, cut, sizes, legal tp, and who owns what."""
     from tp_attention.checkpoint import command
 
-    command.run_inspect(
-        _checkpoint(path), tp, tensors, layout=layout, heads=heads, kv_heads=kv_heads, allow_pickle=allow_pickle
-    )
+    if _speaks():
+        command.run_inspect(
+            _checkpoint(path), tp, tensors, layout=layout, heads=heads, kv_heads=kv_heads, allow_pickle=allow_pickle
+        )
 
 
 @app.command()
@@ -157,7 +160,8 @@ def doctor() -> None:
     """Show what is installed here and what will therefore be used."""
     from tp_attention.doctor import show
 
-    show()
+    if _speaks():
+        show()
 
 
 @app.command()
@@ -171,14 +175,28 @@ def bench(
     ] = None,
     rows: Annotated[list[str] | None, typer.Option(help="Rows whose names contain this; repeatable.")] = None,
     peers: Annotated[list[str] | None, typer.Option(help="Peers to run beside us; repeatable. Default: all.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files and plots.")] = Path("benchmarks"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the CSV files and plots. Default: benchmarks, tiny ones to benchmarks-tiny."),
+    ] = None,
     plot: Annotated[bool, typer.Option(help="Draw kernel benchmarks as PNG files too (needs matplotlib).")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes: a dry run, of use without a GPU.")] = False,
 ) -> None:
     """Measure, beside the peers, in one run; every row is appended to a CSV file as it is done."""
     from tp_attention.bench import command
+    from tp_attention.bench.results import folder
 
-    command.bench(benchmarks or [], rows, peers, out, plot, tiny)
+    command.bench(benchmarks or [], rows, peers, folder(out, tiny), plot, tiny)
+
+
+def _speaks() -> bool:
+    """Whether to say what all ranks of a launcher would say alike."""
+    from tp_attention.launch import environment
+
+    try:
+        return environment.read().rank == 0
+    except ValueError:  # a launcher that left something out
+        return True
 
 
 def _on_ranks(tp: int | None, job: Callable[..., Any], *args: Any) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -62,8 +63,6 @@ COMMANDS = {name: [sys.executable, "-c", program] for name, program in PROGRAMS.
     "GPUs": ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"],
     "links": ["nvidia-smi", "topo", "-m"],
 }
-
-UNUSED = "not used by this version"
 
 
 class Finding(NamedTuple):
@@ -117,7 +116,7 @@ def ask(command: list[str]) -> Answer:
 def conclude(answers: Mapping[str, Answer]) -> list[Finding]:
     """The findings that follow from the answers to COMMANDS."""
     torch = answers["torch"].values
-    gpus = torch.get("gpus", 0)
+    gpus, symmetric = torch.get("gpus", 0), "in torch" if torch.get("symmetric") else ""
     machine = f"{platform.python_version()}, {platform.machine()}, {_cores()} cores"
     # Which kernels there are is this package's own state, not the machine's.
     path = "Triton kernels" if importlib.util.find_spec("tp_attention.kernels") else "torch path"
@@ -129,9 +128,11 @@ def conclude(answers: Mapping[str, Answer]) -> list[Finding]:
         Finding("triton", *_triton(answers["triton"], gpus, path)),
         Finding("NCCL", *_transport(torch.get("nccl"), gpus > 1, "joins GPU ranks", "needs 2 usable GPUs")),
         Finding("gloo", *_transport("in torch" if torch.get("gloo") else "", True, "joins CPU ranks", "")),
-        Finding("symmetric memory", "in torch" if torch.get("symmetric") else "not in this torch", UNUSED),
+        Finding(
+            "symmetric memory", *_transport(symmetric, gpus > 1, "sums floats on 2 to 8 GPUs", "needs 2 usable GPUs")
+        ),
         Finding("MPI", *_mpi(answers["MPI"])),
-        Finding("DeepSpeed", *_package("deepspeed", "deepspeed", UNUSED)),
+        Finding("DeepSpeed", *_package("deepspeed", "deepspeed", "deepspeed_policy and its launcher can run")),
         Finding("transformers", *_package("transformers", "models", "generate and embed can run")),
         Finding("launcher", *_launcher(answers["launcher"])),
         Finding("models", *_models()),
@@ -200,9 +201,10 @@ def _transport(found: str | None, useful: bool, use: str, why_not: str) -> tuple
 def _mpi(answer: Answer) -> tuple[str, str]:
     if answer.problem:
         return answer.problem, "no MPIGroup; pip install 'tp_attention[mpi]' for one"
-    about, mpirun = answer.values, shutil.which("mpirun")
+    about, beside = answer.values, str(Path(sys.executable).parent)  # where a virtual environment has its own
+    mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=beside)
     library = f"{about['vendor']} {about['vendor_version']}"
-    return f"mpi4py {about['version']}, {library}, {mpirun or 'no mpirun on PATH'}", "MPIGroup can be used"
+    return f"mpi4py {about['version']}, {library}, {mpirun or 'no mpirun'}", "MPIGroup can be used"
 
 
 def _package(name: str, extra: str, use: str) -> tuple[str, str]:

@@ -198,6 +198,11 @@ def test_shard_refuses_before_it_changes_anything(tiny):
     masked = BertForMaskedLM(AutoConfig.from_pretrained(tiny["bert"]))
     with pytest.raises(ValueError, match=r"models\.shard\(model\.bert, group\)"):
         models.shard(masked, TPGroup.alone())
+    whole = models.shard(AutoModelForCausalLM.from_pretrained(tiny["llama"]), TPGroup.alone())
+    with pytest.raises(ValueError, match="sharded over 1 ranks already"):
+        models.shard(whole, TPGroup.alone())
+    with pytest.raises(ValueError, match="2 is no group of ranks"):
+        models.load(tiny["llama"], 2)
 
 
 def test_shard_needs_no_architectures_in_the_config():

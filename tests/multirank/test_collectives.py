@@ -166,9 +166,19 @@ def refuse(world):
         all_gather(x[0, 0], group)
     with pytest.raises(ValueError, match=f"src={group.size} .* 0 to {group.size - 1}"):
         broadcast(x, group, group.size)
+    for collective in (all_reduce, all_gather, broadcast):
+        for wrong in (None, world, group.process_group or 2):
+            with pytest.raises(ValueError, match=rf"a TPGroup, not a {type(wrong).__name__}; pass world\.tp"):
+                collective(x, wrong)
+        with pytest.raises(ValueError, match=r"sparse_coo; use x\.to_dense"):
+            collective(x.to_sparse(), group)
+    with pytest.raises(ValueError, match="not a World"):
+        barrier(world)
     barrier(group)  # nothing above left a transfer behind
+    assert "destroyed" not in repr(group)
     group.destroy()
     if group.size > 1:
+        assert repr(group).endswith("destroyed)")
         with pytest.raises(RuntimeError, match="destroyed"):
             all_reduce(x, group)
 

@@ -448,6 +448,8 @@ def refuse_shapes(world):
             ((x, weight, group, None, torch.ones(6)), r"residual has shape \[6\]"),
             ((x, weight, group, None, residual.double()), "residual is torch.float64"),
             ((x, weight, group, None, residual.to("meta")), "residual is on meta"),
+            ((x, weight, None), "a TPGroup, not a NoneType"),
+            ((x, weight, group, None, None, "rmsnorm"), r"norm is a str; use comm\.Norm"),
             ((x, weight, group, None, None, Norm("batchnorm")), "unknown norm 'batchnorm'"),
             ((x, weight, group, None, None, Norm("rmsnorm", wrong)), r"norm weight has shape \[7\]"),
             ((x, weight, group, None, None, Norm("layernorm", vector, wrong)), r"norm bias has shape \[7\]"),

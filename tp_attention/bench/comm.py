@@ -24,7 +24,7 @@ from tp_attention import launch
 from tp_attention.bench import comm_peers, comm_plots, plots, timing
 from tp_attention.bench.cases import reason, stamp
 from tp_attention.bench.comm_peers import GEMM, Contender, Symmetric
-from tp_attention.bench.results import OURS, append_records
+from tp_attention.bench.results import OURS, Out, append_records, folder
 from tp_attention.bench.timing import Timing
 from tp_attention.comm import TPGroup
 
@@ -37,7 +37,7 @@ LIMIT = 2**-8  # of the largest value, for each rank: bf16 is rounded at most tw
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files and plots.")] = Path("benchmarks"),
+    out: Out = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes: a dry run, also without a GPU.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw both tables.")] = True,
 ) -> None:
@@ -50,7 +50,7 @@ def main(
             raise ValueError("these sizes need GPUs; --tiny tries small ones here")
         if plot:
             plots.check()
-        _tables(group, out, tiny, plot)
+        _tables(group, folder(out, tiny), tiny, plot)
 
 
 def _tables(group: TPGroup, out: Path, tiny: bool, plot: bool) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tp_attention import TritonSelfAttention, launch, reference
 from tp_attention.bench import timing
 from tp_attention.bench.cases import reason, stamp
-from tp_attention.bench.results import OURS, append_records
+from tp_attention.bench.results import OURS, Out, append_records, folder
 from tp_attention.comm import TPGroup
 
 CALLS, ROUNDS = 40, 11  # eager: so many calls between two events, in so many turns
@@ -58,7 +58,7 @@ TINY = (Shape(64, 4, 2, 16, False), Shape(64, 4, 1, 16, True))
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of deepspeed_layer.csv.")] = Path("benchmarks"),
+    out: Out = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small shapes: a dry run, also without a GPU.")] = False,
     dtype: Annotated[
         str, typer.Option(help="float16 or, where several ranks compare ours alone, bfloat16.")
@@ -69,7 +69,7 @@ def main(
         if world.device.type == "cpu" and not tiny:
             raise ValueError("these shapes need a GPU; --tiny tries small ones here")
         for shape in TINY if tiny else SHAPES:
-            _measure(shape, world, getattr(torch, dtype), out)
+            _measure(shape, world, getattr(torch, dtype), folder(out, tiny))
 
 
 def _measure(shape: Shape, world: launch.World, dtype: torch.dtype, out: Path) -> None:

@@ -8,10 +8,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 OURS = "tp_attention"
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the CSV files and plots. Default: benchmarks, tiny ones to benchmarks-tiny."),
+]
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ def read(path: Path) -> list[KernelRow]:
             )
             for record in reader
         ]
+
+
+def folder(out: Path | None, tiny: bool) -> Path:
+    """Where rows go that nobody named a place for: those of a dry run are not to get among the others."""
+    return out or Path("benchmarks-tiny" if tiny else "benchmarks")
 
 
 def append_records(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, object]]) -> None:

@@ -27,7 +27,7 @@ from tp_attention.autotune.spaces import entry
 from tp_attention.bench import timing
 from tp_attention.bench.candidates import FAMILIES, Problem, table, tables
 from tp_attention.bench.cases import reason, stamp
-from tp_attention.bench.results import append_records
+from tp_attention.bench.results import Out, append_records, folder
 from tp_attention.kernels import configs
 
 Best = dict[configs.Key, tuple[Any, float]]  # per key the winner and its speed over the entry of today
@@ -154,7 +154,7 @@ def main(
     family: Annotated[list[str] | None, typer.Option(help="Families to tune; repeatable. Default: all.")] = None,
     keys: Annotated[str, typer.Option(help="Only table keys whose text contains this, such as '128, 2'.")] = "",
     limit: Annotated[float, typer.Option(help="Seconds per family, half of them at most for compiling.")] = 120.0,
-    out: Annotated[Path, typer.Option(help="Folder of tune.csv.")] = Path("benchmarks"),
+    out: Out = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small problems: a dry run, also without a GPU.")] = False,
     table_only: Annotated[bool, typer.Option("--table", help="Print today's tables and tune nothing.")] = False,
     shard: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -182,7 +182,7 @@ def main(
             start = time.monotonic()
             if cuda:
                 _compile(name, keys, limit / 2)
-            best = tune(name, keys, limit - (time.monotonic() - start), out, tiny, device)
+            best = tune(name, keys, limit - (time.monotonic() - start), folder(out, tiny), tiny, device)
             gains = {key: f"  # {speedup:.2f}x" for key, (_, speedup) in best.items()}
             show(name, {key: config for key, (config, _) in best.items()}, gains)
 

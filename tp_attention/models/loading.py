@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from tp_attention.checkpoint.formats import open_checkpoint
 from tp_attention.checkpoint.layouts import EXTRA, SCALE
 from tp_attention.checkpoint.logical import LogicalTensors, StateDict
-from tp_attention.comm import TPGroup
+from tp_attention.comm import TPGroup, as_group
 from tp_attention.models.bert import BertPolicy
 from tp_attention.models.folders import resolve
 from tp_attention.models.llama import LlamaPolicy
@@ -58,7 +58,7 @@ def load(
     with the bytes of each parameter as it is filled. The model carries `shard_plan` and `tp_group`.
     Raises ValueError when the model is unknown, damaged, or tp does not fit it.
     """
-    group = TPGroup.alone() if group is None else group
+    group = as_group(group)
     folder = resolve(name_or_path)
     config = AutoConfig.from_pretrained(folder)
     policy = policy_for(config)
@@ -79,6 +79,9 @@ def shard(model: PreTrainedModel, group: TPGroup) -> PreTrainedModel:
 
     Raises ValueError, with the model untouched, when its architecture or a weight is unknown or tp does not fit it.
     """
+    if isinstance(getattr(model, "shard_plan", None), ShardPlan):
+        raise ValueError(f"this model is sharded over {model.shard_plan.tp} ranks already; shard one that is whole")
+    group = as_group(group)
     policy, dtype = policy_for(model.config, type(model).__name__), model.dtype
     plan = policy.plan(model.config, group.size, dtype)
     # An adapter's weights, say, are refused here, before anything changes.
