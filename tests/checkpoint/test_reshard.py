@@ -142,7 +142,8 @@ def test_the_readmes_lines(source, tmp_path, monkeypatch):
     source.rename("IN")
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     lines = {"name": None, "tensor": None}
-    exec(next(block for block in readme.split("```python\n") if "load_rank" in block).split("```")[0], lines)
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    exec(next(block for block in blocks if "load_rank" in block), lines)
     reshard("IN", "wanted", 3)
     assert tiny_llama.bits(lines["tensors"]) == tiny_llama.bits(_rank(tmp_path / "wanted", 0))
     assert lines["name"] in dict(iter_tensors("OUT"))
