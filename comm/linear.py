@@ -60,9 +60,8 @@ def linear_all_reduce(
     the whole weight. bias [E] and residual [..., E]: the same on every rank. weight_scale, transposed: as in
     functional.linear. The sum is rounded to x's dtype, then bias and residual are added in fp32.
 
-    Where the group sums through symmetric memory, the projection of at most 64 tokens is followed by one launch, which
-    adds up its parts, sends them and does all the rest, as long as the result is summed in one shot; that of many
-    tokens, from 32 MiB on, is transferred in chunks by copy engines meanwhile, unless there is a norm.
+    Where the group sums through symmetric memory, a projection whose result is summed in one shot is followed by one
+    launch that does all the rest; from 32 MiB on, results are transferred in chunks by copy engines meanwhile.
 
     Raises ValueError for what does not fit, and as functional.linear and all_reduce do.
     """

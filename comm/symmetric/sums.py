@@ -92,34 +92,31 @@ class SymmetricSums:
         residual: Tensor | None = None,
         norm: Norm | None = None,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """x [M, K] @ weightᵀ summed over the ranks, + bias [N] + residual [M, N], and the norm of that if asked for.
+        """x [M, K] @ weightᵀ summed over the ranks, + bias [N] + residual [M, N]; and the norm of that, or None.
 
-        None where these shapes are better served by a projection, an all_reduce and a norm.
+        The norm is made where it costs no launch. None altogether where the sum takes two shots, or nothing fits.
         """
         rows, columns = x.shape[0], weight.shape[1 if transposed else 0]
-        if not rows or not columns or columns * x.element_size() % WORD:
+        row = columns * x.element_size()
+        if not rows or not columns or row % WORD:
             return None
         bias, residual = _in_words(bias), _in_words(residual)
-        if rows <= MAX_ROWS:
-            nbytes = rows * columns * x.element_size()
-            if self.way_of(nbytes) != ONE_SHOT or nbytes > self.inboxes.room:
-                return None
-            if norm is not None and not self.inboxes.holds(columns, x.element_size()):
-                return None
-            follows = (None,) if norm is None else (norm.kind, _in_words(norm.weight), _in_words(norm.bias), norm.eps)
+        few = rows <= MAX_ROWS
+        if not few and self.way != ONE_SHOT and self.overlap.pays(rows, columns, x.element_size()):
+            out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+            if not x.shape[1]:  # a rank that holds no columns: zeros to multiply
+                x, weight, weight_scale, transposed = x.new_zeros(rows, 8), x.new_zeros(columns, 8), None, False
+            multiply = functools.partial(gemm, weight=weight, weight_scale=weight_scale, transposed=transposed)
             self._follow()
-            result = self._again(self._project_few, x, weight, weight_scale, transposed, bias, residual, *follows)
-            return result if norm is not None else (result, None)
-        if norm is not None or self.way == ONE_SHOT or not self.overlap.pays(rows, columns, x.element_size()):
+            self.overlap.project(multiply, x, out, bias, residual)
+            return out, None
+        if self.way_of(rows * row) != ONE_SHOT or (rows * row if few else row) > self.inboxes.room:
             return None
-        out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-
-        if not x.shape[1]:  # a rank that holds no columns: zeros to multiply
-            x, weight, weight_scale, transposed = x.new_zeros(rows, 8), x.new_zeros(columns, 8), None, False
-        multiply = functools.partial(gemm, weight=weight, weight_scale=weight_scale, transposed=transposed)
+        then: tuple[Any, ...] = (None,)
+        if norm is not None and self.inboxes.holds(columns, x.element_size()):
+            then = norm.kind, _in_words(norm.weight), _in_words(norm.bias), norm.eps
         self._follow()
-        self.overlap.project(multiply, x, out, bias, residual)
-        return out, None
+        return self._again(self._project, x, weight, weight_scale, transposed, bias, residual, *then)
 
     def _sum(self, x: Tensor, out: Tensor | None, way: str) -> Tensor:
         out = torch.empty_like(x) if out is None else out
@@ -129,7 +126,7 @@ class SymmetricSums:
     def _sum_in_place(self, x: Tensor, way: str) -> Tensor:
         return self._sum(x, x, way)
 
-    def _project_few(
+    def _project(
         self,
         x: Tensor,
         weight: Tensor,
@@ -141,15 +138,16 @@ class SymmetricSums:
         norm_weight: Tensor | None = None,
         norm_bias: Tensor | None = None,
         eps: float = 0.0,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if x.shape[1]:
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product, then all the rest in one launch, or in one for each inbox that it fills."""
+        if not x.shape[1]:
+            parts = out = x.new_zeros((x.shape[0], weight.shape[1 if transposed else 0]))
+        elif x.shape[0] <= MAX_ROWS:
             parts, out = partial_sums(x, weight, weight_scale=weight_scale, transposed=transposed)
         else:
-            parts = out = x.new_zeros((x.shape[0], weight.shape[1 if transposed else 0]))
-        if kind is None:
-            self.inboxes.one_shot(parts, out, bias=bias, residual=residual)
-            return out
-        norm, normed = Norm(kind, norm_weight, norm_bias, eps), torch.empty_like(out)
+            parts = out = gemm(x, weight, weight_scale=weight_scale, transposed=transposed)
+        norm = None if kind is None else Norm(kind, norm_weight, norm_bias, eps)
+        normed = None if norm is None else torch.empty_like(out)
         self.inboxes.one_shot(parts, out, bias=bias, residual=residual, norm=norm, normed=normed)
         return out, normed
 

@@ -387,28 +387,45 @@ def test_linear_all_reduce_of_few_tokens(world, n):
 
 def project_many(world):
     """Rows that each rank sums for all, in chunks, with a stage that holds all of them and one that does not."""
-    results = []
-    with pytest.MonkeyPatch.context() as patch, symmetric(world.tp, 4096, 1 << 14) as sums:
+    results, hidden, overlapped = [], [], overlap.Overlap.project
+
+    def project(*args):
+        hidden.append(args)
+        overlapped(*args)
+
+    with pytest.MonkeyPatch.context() as patch, symmetric(world.tp, 1 << 13, 1 << 14) as sums:
+        patch.setattr(overlap.Overlap, "project", project)
+        patch.setattr(overlap, "OVERLAP_BYTES", 0)
         patch.setattr(overlap, "TILE", (16, 16))  # waves of 16 rows
         cases = [*itertools.product((False, True), (False, True)), (True, True), (False, True)]
         for turn, (biased, added) in enumerate(cases):
-            dtype, before = (FP32, FP16, BF16)[turn % 3], calls_of(sums.inboxes)
+            dtype, norm = (FP32, FP16, BF16)[turn % 3], NORMS[1] if turn == 3 else None
             rows, columns = (300, 65, 129)[turn % 3], words_of(40, dtype) - (2 if turn == 2 else 0)
             depths = ([40, 24, 8], [0, 40, 8], [40, 24, 0], [33, 0, 9], [24, 17, 3], [8, 8, 8])[turn]
             results += project_and_check(
-                world, turn, rows, columns, depths, dtype, None, biased=biased, added=added, transposed=turn % 2 == 1
+                world, turn, rows, columns, depths, dtype, norm, biased=biased, added=added, transposed=turn % 2 == 1
             )
-            assert calls_of(sums.inboxes) - before >= 3, "the sums were not hidden behind the product"
+            assert len(hidden) == turn + 1, "the sum was not hidden behind the product"
         results += project_and_check(world, 9, 129, 80, [24, 8, 0], FP16, None, biased=True, added=True, int8=True)
-        before = calls_of(sums.inboxes)
-        for norm, columns, way in ((NORMS[1], 40, "auto"), (None, 40, "one_shot")):  # a projection and an all_reduce
-            sums.way = way
-            results += project_and_check(world, 10, 70, columns, [8, 4, 3], FP32, norm, biased=True, added=True)
+        count = len(hidden)
+
+        # One launch after the product: where one shot is wanted, or there are too few rows.
+        sums.way, before = "one_shot", calls_of(sums.inboxes)
+        cases = [(False, False, None), (True, False, None), (True, True, NORMS[1]), (False, True, NORMS[2])]
+        for turn, (biased, added, norm) in enumerate(cases):
+            kinds = dict(biased=biased, added=added, transposed=turn % 2 == 1)
+            results += project_and_check(world, 20 + turn, 66, 4, [8, 4, 0], (FP32, FP16)[turn % 2], norm, **kinds)
+        assert calls_of(sums.inboxes) - before == turn + 1
         patch.setattr(overlap, "TILE", (1000, 16))
-        sums.way = "auto"  # too few rows
+        sums.way, before = "auto", calls_of(sums.inboxes)
         results += project_and_check(world, 11, 70, 40, [8, 4, 3], FP32, None, biased=True, added=True)
-        odd = [project_and_check(world, 12, 70, 41, [8, 4, 3], FP16, None, biased=True, added=True)[0]]
         assert calls_of(sums.inboxes) > before
+        # A projection, an all_reduce and the rest: a way that it has not, an odd number of halves.
+        sums.way = "two_shot"
+        results += project_and_check(world, 10, 70, 40, [8, 4, 3], FP32, NORMS[1], biased=True, added=True)
+        sums.way = "auto"
+        odd = [project_and_check(world, 12, 70, 41, [8, 4, 3], FP16, None, biased=True, added=True)[0]]
+        assert len(hidden) == count
     return results + odd
 
 

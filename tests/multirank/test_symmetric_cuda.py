@@ -279,12 +279,15 @@ def captured_projection(world):
     group = world.tp
     device, dtype = group.device, torch.bfloat16
     weight = draw(group.rank, 1, 4096 * 512, dtype, device).view(4096, 512) / 16
-    residual, gamma = draw(9, 2, 4 * 4096, dtype, device).view(4, 4096), draw(9, 3, 4096, dtype, device)
-    xs = [torch.empty(rows, 512, dtype=dtype, device=device) for rows in (4, 4096)]
+    gamma = draw(9, 3, 4096, dtype, device)
+    xs = [torch.empty(rows, 512, dtype=dtype, device=device) for rows in (4, 300, 4096)]
+    residuals = [draw(9, 2, len(x) * 4096, dtype, device).view(len(x), 4096) for x in xs]
 
     def step():
-        normed = linear_all_reduce(xs[0], weight, group, None, residual, Norm("layernorm", gamma, gamma))
-        return [*normed, *(linear_all_reduce(x, weight, group) for x in xs)]
+        norm, made = Norm("layernorm", gamma, gamma), []
+        for x, residual in zip(xs, residuals, strict=True):
+            made += [*linear_all_reduce(x, weight, group, None, residual, norm), linear_all_reduce(x, weight, group)]
+        return made
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -303,7 +306,8 @@ def captured_projection(world):
             torch.cuda._sleep(1_000_000)
         if turn % 10 == 0:
             assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True)), turn
-            assert_close(results[0], reference.norm(results[1], gamma, gamma, "layernorm"))
+            for normed, y in zip(results[::3], results[1::3], strict=True):
+                assert_close(normed, reference.norm(y, gamma, gamma, "layernorm"))
 
 
 def test_captured_projection(on_gpus):
