@@ -60,8 +60,8 @@ def linear_all_reduce(
     the whole weight. bias [E] and residual [..., E]: the same on every rank. weight_scale, transposed: as in
     functional.linear. The sum is rounded to x's dtype, then bias and residual are added in fp32.
 
-    Where the group sums through symmetric memory, a projection whose result is summed in one shot is followed by one
-    launch that does all the rest; from 32 MiB on, results are transferred in chunks by copy engines meanwhile.
+    Where the group sums through symmetric memory, one launch after the projection does all the rest, but for the norm
+    after a sum in two shots; from 32 MiB on, results are transferred in chunks by copy engines meanwhile.
 
     Raises ValueError for what does not fit, and as functional.linear and all_reduce do.
     """

@@ -90,7 +90,7 @@ class Inboxes:
         The sum is rounded to out's dtype before anything is added to it.
         """
         splits = x.shape[0] if x.dim() > out.dim() else 0
-        target, row = _words(out), out.shape[-1] * out.element_size() // WORD if out.dim() else 1
+        target, row = _words(out), _row(out)
         words, most = target.numel(), self.room // WORD
         if words == 0:
             return
@@ -125,9 +125,17 @@ class Inboxes:
             grid = (cluster, count // row) if norm is not None else (triton.cdiv(count, block), 1)
             self._launch(one_shot_kernel, grid, args, constexprs, warps, cluster)
 
-    def two_shot(self, x: Tensor, out: Tensor, *, config: Config | None = None) -> None:
-        """out <- sum of x over the ranks: tensors of one shape and dtype. out may be x."""
-        source, target = _words(x), _words(out)
+    def two_shot(
+        self,
+        x: Tensor,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        config: Config | None = None,
+    ) -> None:
+        """out <- sum of x over the ranks, + bias + residual, as one_shot adds them. out may be x or residual."""
+        source, target, rest, row = _words(x), _words(out), _words(residual), _row(out)
         words = source.numel()
         most = self._half // (2 * (self.size - 1)) // ALIGNMENT * ALIGNMENT * self.size
         if not most:
@@ -136,12 +144,17 @@ class Inboxes:
             )
         config = config or PROGRAM
         block = config.nbytes // WORD
-        constexprs = self._ranks | dict(DTYPE=DTYPES[x.dtype], BLOCK=block)
+        constexprs = self._ranks | dict(
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, DTYPE=DTYPES[x.dtype], BLOCK=block
+        )
         for start in range(0, words, most):
             count = min(most, words - start)
             part = slice(start, start + count)
             chunk = _aligned(triton.cdiv(count, self.size))
-            args = source[part], target[part], self._state, *self._inboxes, count, self._half, chunk, self.patience
+            args = (
+                source[part], _words(bias), None if rest is None else rest[part], target[part],
+                self._state, *self._inboxes, count, row, start % row, self._half, chunk, self.patience,
+            )  # fmt: skip
             grid = triton.cdiv(chunk, block), 1
             self._launch(two_shot_kernel, grid, args, constexprs, config.warps)
 
@@ -151,7 +164,7 @@ class Inboxes:
         Rows hold whole words (and are looked at 16 bytes at a time where chunk * columns are a multiple of 64), and
         stride is at least chunk. Whatever comes after it on this stream runs after what was before it on every rank's.
         """
-        words, row = _words(out), out.shape[1] * out.element_size() // WORD
+        words, row = _words(out), _row(out)
         most, block = self.room // WORD, PROGRAM.nbytes // WORD
         for start in range(0, chunk * row, most):
             count, rest = min(most, chunk * row - start), words[start:]
@@ -194,6 +207,11 @@ def in_words(x: Tensor) -> bool:
 
 def _aligned(words: int) -> int:
     return triton.cdiv(words, ALIGNMENT) * ALIGNMENT
+
+
+def _row(x: Tensor) -> int:
+    """Words in a row of x; what is less than a word counts as one."""
+    return max(1, x.shape[-1] * x.element_size() // WORD) if x.dim() else 1
 
 
 def _words(x: Any) -> Any:  # Tensor | None

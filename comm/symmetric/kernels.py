@@ -123,6 +123,22 @@ def _own(
 
 
 @triton.jit
+def _plus(
+    b_sum, b_bias, b_residual, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PTX: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK] words and what comes on top, in fp32, rounded once."""
+    if HAS_BIAS and HAS_RESIDUAL:
+        return pack(unpack(b_sum, DTYPE) + unpack(b_bias, DTYPE) + unpack(b_residual, DTYPE), PTX, DTYPE)
+    elif HAS_BIAS:
+        return add(b_sum, b_bias, PTX, DTYPE)
+    elif HAS_RESIDUAL:
+        return add(b_sum, b_residual, PTX, DTYPE)
+    else:
+        return b_sum
+
+
+@triton.jit
 def one_shot_kernel(
     p_x,  # [words], or fp32 [SPLITS, values]; the other tensors are words too
     p_bias,  # [row]
@@ -174,22 +190,15 @@ def one_shot_kernel(
     _count(p_state, turn)
 
     # What does not wait for the others is fetched while their values are on the way.
-    if HAS_BIAS:
-        b_bias = tl.load(p_bias + (o_row if NORM else o % row), mask=m, other=0)
-    if HAS_RESIDUAL:
-        b_residual = tl.load(p_residual + o, mask=m, other=0)
+    b_bias = tl.load(p_bias + (o_row if NORM else o % row), mask=m, other=0) if HAS_BIAS else 0
+    b_residual = tl.load(p_residual + o, mask=m, other=0) if HAS_RESIDUAL else 0
     if HAS_NORM_WEIGHT:
         b_norm_weight = tl.load(p_norm_weight + o_row, mask=m, other=0)
     if CLUSTER > 1:
         cluster.meet(room)
 
     b_out = _summed(inboxes[RANK] + inbox, segment, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, PTX, DTYPE)
-    if HAS_BIAS and HAS_RESIDUAL:  # rounded once
-        b_out = pack(unpack(b_out, DTYPE) + unpack(b_bias, DTYPE) + unpack(b_residual, DTYPE), PTX, DTYPE)
-    elif HAS_BIAS:
-        b_out = add(b_out, b_bias, PTX, DTYPE)
-    elif HAS_RESIDUAL:
-        b_out = add(b_out, b_residual, PTX, DTYPE)
+    b_out = _plus(b_out, b_bias, b_residual, HAS_BIAS, HAS_RESIDUAL, PTX, DTYPE)
     if CLUSTER == 1:
         tl.store(p_out + o, b_out, mask=m)
     if NORM:
@@ -240,16 +249,22 @@ def _gather(
 @triton.jit
 def two_shot_kernel(
     p_x,  # [words]
+    p_bias,  # [row]
+    p_residual,  # [words]
     p_out,
     p_state,  # as above
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,
     words,
+    row,  # words in a row
+    first,  # where in a row x begins
     half,
     chunk,  # words that one rank sums: rank r those from r * chunk on
     patience,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -257,7 +272,8 @@ def two_shot_kernel(
 ):  # fmt: skip
     """Each rank sums a chunk and sends the sum round: 2 (size - 1) / size times x over each link, twice the delay.
 
-    A half of the inbox holds the parts of this rank's chunk by sender, then the other ranks' sums by rank.
+    What comes on top, each rank adds to its own chunk. A half of the inbox holds the parts of this rank's chunk by
+    sender, then the other ranks' sums by rank.
     """
     inboxes = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -268,13 +284,17 @@ def two_shot_kernel(
         o_x = (RANK + i) % WORLD * chunk + o
         m = (o < chunk) & (o_x < words)
         _send(inboxes, inbox + o, chunk, tl.load(p_x + o_x, mask=m, other=0), m, RANK, (RANK + i) % WORLD)
-    m = (o < chunk) & (RANK * chunk + o < words)
-    b_own = tl.load(p_x + RANK * chunk + o, mask=m, other=0)
+    o_own = RANK * chunk + o
+    m = (o < chunk) & (o_own < words)
+    b_own = tl.load(p_x + o_own, mask=m, other=0)
     _count(p_state, turn)
+    b_bias = tl.load(p_bias + (first + o_own) % row, mask=m, other=0) if HAS_BIAS else 0
+    b_residual = tl.load(p_residual + o_own, mask=m, other=0) if HAS_RESIDUAL else 0
 
     b_sum = _summed(inboxes[RANK] + inbox, chunk, o, m, b_own, p_state, patience, RANK, WORLD, RANKS, PTX, DTYPE)
+    b_sum = _plus(b_sum, b_bias, b_residual, HAS_BIAS, HAS_RESIDUAL, PTX, DTYPE)
     _send_round(inboxes, sums + o, chunk, b_sum, o < chunk, RANK, WORLD)
-    tl.store(p_out + RANK * chunk + o, b_sum, mask=m)
+    tl.store(p_out + o_own, b_sum, mask=m)
     _gather(inboxes[RANK] + sums, p_out, o, chunk, chunk, words, p_state, patience, RANK, WORLD, RANKS, PTX)
 
 

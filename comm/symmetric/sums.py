@@ -15,7 +15,7 @@ from tp_attention.comm.symmetric.inbox import DTYPES, WORD, Inboxes, in_words
 from tp_attention.comm.symmetric.overlap import Overlap
 from tp_attention.kernels import replay
 from tp_attention.kernels.gemm import gemm
-from tp_attention.kernels.skinny_gemm import MAX_ROWS, partial_sums
+from tp_attention.kernels.skinny_gemm import MAX_ROWS, partial_sums, skinny_gemm
 
 # Up to how many bytes everyone sends all of x to everyone, by the number of ranks; two shots move fewer beyond. Of two
 # ranks measured on H200s (benchmarks/all_reduce.csv): one shot is the faster or within 1% at every size. Of more it is
@@ -94,14 +94,14 @@ class SymmetricSums:
     ) -> tuple[Tensor, Tensor | None] | None:
         """x [M, K] @ weightᵀ summed over the ranks, + bias [N] + residual [M, N]; and the norm of that, or None.
 
-        The norm is made where it costs no launch. None altogether where the sum takes two shots, or nothing fits.
+        The norm is made where it costs no launch. None altogether for rows that are no whole words or do not fit.
         """
         rows, columns = x.shape[0], weight.shape[1 if transposed else 0]
         row = columns * x.element_size()
         if not rows or not columns or row % WORD:
             return None
         bias, residual = _in_words(bias), _in_words(residual)
-        few = rows <= MAX_ROWS
+        few, way = rows <= MAX_ROWS, self.way_of(rows * row)
         if not few and self.way != ONE_SHOT and self.overlap.pays(rows, columns, x.element_size()):
             out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
             if not x.shape[1]:  # a rank that holds no columns: zeros to multiply
@@ -110,13 +110,13 @@ class SymmetricSums:
             self._follow()
             self.overlap.project(multiply, x, out, bias, residual)
             return out, None
-        if self.way_of(rows * row) != ONE_SHOT or (rows * row if few else row) > self.inboxes.room:
+        if way == ONE_SHOT and (rows * row if few else row) > self.inboxes.room:
             return None
         then: tuple[Any, ...] = (None,)
-        if norm is not None and self.inboxes.holds(columns, x.element_size()):
+        if norm is not None and way == ONE_SHOT and self.inboxes.holds(columns, x.element_size()):
             then = norm.kind, _in_words(norm.weight), _in_words(norm.bias), norm.eps
         self._follow()
-        return self._again(self._project, x, weight, weight_scale, transposed, bias, residual, *then)
+        return self._again(self._project, x, weight, weight_scale, transposed, way, bias, residual, *then)
 
     def _sum(self, x: Tensor, out: Tensor | None, way: str) -> Tensor:
         out = torch.empty_like(x) if out is None else out
@@ -132,6 +132,7 @@ class SymmetricSums:
         weight: Tensor,
         weight_scale: Tensor | None,
         transposed: bool,
+        way: str,
         bias: Tensor | None,
         residual: Tensor | None,
         kind: str | None,
@@ -140,12 +141,17 @@ class SymmetricSums:
         eps: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """The product, then all the rest in one launch, or in one for each inbox that it fills."""
+        few = x.shape[0] <= MAX_ROWS
+        keywords: dict[str, Any] = {"weight_scale": weight_scale, "transposed": transposed}
         if not x.shape[1]:
             parts = out = x.new_zeros((x.shape[0], weight.shape[1 if transposed else 0]))
-        elif x.shape[0] <= MAX_ROWS:
-            parts, out = partial_sums(x, weight, weight_scale=weight_scale, transposed=transposed)
+        elif few and way == ONE_SHOT:
+            parts, out = partial_sums(x, weight, **keywords)
         else:
-            parts = out = gemm(x, weight, weight_scale=weight_scale, transposed=transposed)
+            parts = out = (skinny_gemm if few else gemm)(x, weight, **keywords)
+        if way == TWO_SHOT:
+            self.inboxes.two_shot(parts, out, bias=bias, residual=residual)
+            return out, None
         norm = None if kind is None else Norm(kind, norm_weight, norm_bias, eps)
         normed = None if norm is None else torch.empty_like(out)
         self.inboxes.one_shot(parts, out, bias=bias, residual=residual, norm=norm, normed=normed)

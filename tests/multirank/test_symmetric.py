@@ -105,7 +105,7 @@ def test_nan_that_looks_empty_negative_zero_and_inf(world, n):
 def add_and_norm(world):
     """Bit for bit but for norms, bf16 apart: the sum is rounded, then bias and residual are added in fp32."""
     inboxes, rank, size = make_inboxes(1024), world.rank, world.size
-    rows = 4
+    wider, rows = make_inboxes(1024 * (size - 1)), 4
     norms = [None, *itertools.product(("rmsnorm", "layernorm"), (False, True), (False, True))]
     cases = itertools.product((False, True), (False, True), norms)
     for turn, (biased, added, kind) in enumerate(cases, 1):
@@ -126,6 +126,13 @@ def add_and_norm(world):
         keywords = dict(bias=bias if biased else None, residual=residual if added else None, norm=norm, normed=normed)
         inboxes.one_shot(x, out, **keywords, config=SMALL)
         assert torch.equal(out, expected.to(dtype)), (turn, biased, added, kind)
+        if kind is None:
+            residual = draw(9, turn, (rows, columns), dtype)
+            x = parts[rank].clone()
+            out = x if into == "x" else residual if into == "residual" and added else torch.full_like(x, torch.nan)
+            keywords = dict(bias=bias if biased else None, residual=residual if added else None)
+            wider.two_shot(x, out, **keywords, config=SMALL)
+            assert torch.equal(out, expected.to(dtype)), (turn, biased, added, "two shots")
         if norm is not None:
             assert_close(normed, reference.norm(out, norm.weight, norm.bias, norm.kind, norm.eps))
             if norm.kind == "rmsnorm" and norm.weight is not None and dtype == FP16:  # rounded before the weight too
@@ -133,6 +140,8 @@ def add_and_norm(world):
                 plain = plain if norm.bias is None else plain + norm.bias.float()
                 assert (normed == plain.to(dtype)).float().mean() > 0.98  # sums in another order may turn a rounding
     assert_empty(inboxes)
+    assert_empty(wider)
+    assert calls_of(wider) == (8 if size == 2 else 4)  # of two, in pieces: the second does not begin with a row
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -360,11 +369,12 @@ def project_few(world):
             )  # fmt: skip
             launches += 2
         assert calls_of(sums.inboxes) == launches
-        # an odd number of halves, and a way that it has not: a projection and an all_reduce
+        # an odd number of halves: a projection and an all_reduce; two shots: the norm by itself
         results += project_and_check(world, 72, 3, 35, depths, FP16, NORMS[1], biased=True, added=True)
         sums.way = "two_shot"
-        results += project_and_check(world, 73, 3, 36, depths, FP16, NORMS[2], biased=True, added=True)
-        assert calls_of(sums.inboxes) == launches + 2
+        for turn, norm in enumerate(NORMS):
+            results += project_and_check(world, 73 + turn, 3, 36, depths, FP16, norm, biased=True, added=turn < 2)
+        assert calls_of(sums.inboxes) == launches + 1 + len(NORMS)
         sums.way = "auto"
         wide = torch.zeros(2, 3, 80)[:, :, :40].normal_()  # rows with gaps, and views that begin between two words
         x, odd = torch.ones(2, 3, 8, dtype=FP16), torch.ones(41, dtype=FP16)[1:]
@@ -420,10 +430,9 @@ def project_many(world):
         sums.way, before = "auto", calls_of(sums.inboxes)
         results += project_and_check(world, 11, 70, 40, [8, 4, 3], FP32, None, biased=True, added=True)
         assert calls_of(sums.inboxes) > before
-        # A projection, an all_reduce and the rest: a way that it has not, an odd number of halves.
         sums.way = "two_shot"
         results += project_and_check(world, 10, 70, 40, [8, 4, 3], FP32, NORMS[1], biased=True, added=True)
-        sums.way = "auto"
+        sums.way = "auto"  # an odd number of halves: a projection, an all_reduce and the rest
         odd = [project_and_check(world, 12, 70, 41, [8, 4, 3], FP16, None, biased=True, added=True)[0]]
         assert len(hidden) == count
     return results + odd

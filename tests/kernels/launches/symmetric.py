@@ -44,8 +44,10 @@ def one_shot(
     return call
 
 
-def two_shot(ranks: int, dtype: torch.dtype = BF16) -> Callable[[], object]:
-    return lambda: inboxes(ranks).two_shot(meta(1 << 22, dtype=dtype), meta(1 << 22, dtype=dtype))
+def two_shot(ranks: int, dtype: torch.dtype = BF16, added: bool = False) -> Callable[[], object]:
+    x, row = meta(1 << 10, 1 << 12, dtype=dtype), meta(1 << 12, dtype=dtype)
+    keywords = {"bias": row, "residual": x} if added else {}
+    return lambda: inboxes(ranks).two_shot(x, meta(*x.shape, dtype=dtype), **keywords)
 
 
 def gather(ranks: int, rows: int = 512, columns: int = 8192) -> Callable[[], object]:
@@ -89,5 +91,6 @@ LAUNCHES = {
     "projection": Launch(projection(2, 8192), kernels=5),
     "projection of rows that do not share out": Launch(projection(2, 8193), kernels=5),
     "projection of 8, bias, residual": Launch(projection(8, 8193, meta(8192), meta(8193, 8192)), kernels=5),
+    **{f"two shots of {ranks}, bias, residual": Launch(two_shot(ranks, added=True), polls=True) for ranks in (3, 8)},
     "two shots fp32": Launch(two_shot(4, FP32), polls=True),
 }
