@@ -149,6 +149,9 @@ def cases(count):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(overlap, "TILE", (2, 2))
+    overlap.chunk_ends.cache_clear()
+    yield
+    overlap.chunk_ends.cache_clear()
 
 
 def test_nothing_is_read_while_it_is_written():

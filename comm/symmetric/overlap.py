@@ -127,7 +127,7 @@ class Overlap:
 
 
 def rows_in(waves: int, columns: int, processors: int) -> int:
-    """Rows whose tiles so many SMs make in so many goes; where not even one row of tiles is, that for each go."""
+    """Rows whose tiles so many SMs make in so many goes; where a go is not even a row of tiles, one for each."""
     return max(waves, waves * processors // triton.cdiv(columns, TILE[1])) * TILE[0]
 
 

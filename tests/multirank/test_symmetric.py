@@ -407,6 +407,7 @@ def project_many(world):
         patch.setattr(overlap.Overlap, "project", project)
         patch.setattr(overlap, "OVERLAP_BYTES", 0)
         patch.setattr(overlap, "TILE", (16, 16))  # waves of 16 rows
+        overlap.chunk_ends.cache_clear()  # other tiles, other chunks
         cases = [*itertools.product((False, True), (False, True)), (True, True), (False, True)]
         for turn, (biased, added) in enumerate(cases):
             dtype, norm = (FP32, FP16, BF16)[turn % 3], NORMS[1] if turn == 3 else None
@@ -435,6 +436,7 @@ def project_many(world):
         sums.way = "auto"  # an odd number of halves: a projection, an all_reduce and the rest
         odd = [project_and_check(world, 12, 70, 41, [8, 4, 3], FP16, None, biased=True, added=True)[0]]
         assert len(hidden) == count
+    overlap.chunk_ends.cache_clear()
     return results + odd
 
 
