@@ -93,3 +93,8 @@ def draw(rank, turn, shape, dtype, most=32):
     if dtype == BF16:
         return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def words_of(count, dtype):
+    """How many values so many words hold."""
+    return count * 4 // dtype.itemsize
