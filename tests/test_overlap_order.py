@@ -29,7 +29,7 @@ class Record:
         self.steps, self.accesses = [], {}
 
     def add(self, name, after, reads=(), writes=()):
-        self.steps.append((name, {step for step in after if step is not None}))
+        self.steps.append((name, set(after)))
         step = len(self.steps) - 1
         for tensors, written in ((reads, False), (writes, True)):
             for address in {address for tensor in tensors for address in addresses(tensor)}:

@@ -135,8 +135,8 @@ class Inboxes:
         config: Config | None = None,
     ) -> None:
         """out <- sum of x over the ranks, + bias + residual, as one_shot adds them. out may be x or residual."""
-        source, target, rest, row = _words(x), _words(out), _words(residual), _row(out)
-        words = source.numel()
+        source, target, row_bias, rest = _words(x), _words(out), _words(bias), _words(residual)
+        words, row = source.numel(), _row(out)
         most = self._half // (2 * (self.size - 1)) // ALIGNMENT * ALIGNMENT * self.size
         if not most:
             raise ValueError(
@@ -152,7 +152,7 @@ class Inboxes:
             part = slice(start, start + count)
             chunk = _aligned(triton.cdiv(count, self.size))
             args = (
-                source[part], _words(bias), None if rest is None else rest[part], target[part],
+                source[part], row_bias, None if rest is None else rest[part], target[part],
                 self._state, *self._inboxes, count, row, start % row, self._half, chunk, self.patience,
             )  # fmt: skip
             grid = triton.cdiv(chunk, block), 1

@@ -49,9 +49,7 @@ def on_gpus(world):
     """run(n, fn): fn(World) on n ranks, each with a GPU of its own or all with one."""
 
     def run(n, fn, timeout=100):
-        if n <= GPUS:
-            return world(n, timeout=timeout)(fn)
-        return world(n, timeout=timeout)(sharing_one_gpu, fn)
+        return world(n, timeout=timeout)(*([fn] if n <= GPUS else [sharing_one_gpu, fn]))
 
     return run
 
